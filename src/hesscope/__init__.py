@@ -1,0 +1,69 @@
+"""hesscope: the curvature of a language model's loss."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Importing torch takes seconds; `hesscope --help` should not. Names are resolved when they are first used.
+_HOMES = {
+    "HesscopeError": "hesscope.errors",
+    "HesscopeWarning": "hesscope.errors",
+    "Operator": "hesscope.operators",
+    "Problem": "hesscope.problem",
+    "Space": "hesscope.space",
+    "block": "hesscope.algorithms",
+    "causal_lm": "hesscope.problem",
+    "density": "hesscope.algorithms",
+    "diagonal": "hesscope.algorithms",
+    "eigs": "hesscope.algorithms",
+    "hessian": "hesscope.operators",
+    "lanczos": "hesscope.algorithms",
+    "load": "hesscope.results",
+    "operator": "hesscope.operators",
+    "select": "hesscope.problem",
+    "supervised": "hesscope.problem",
+    "trace": "hesscope.algorithms",
+    "verify": "hesscope.algorithms",
+}
+
+if TYPE_CHECKING:
+    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, trace, verify
+    from hesscope.errors import HesscopeError, HesscopeWarning
+    from hesscope.operators import Operator, hessian, operator
+    from hesscope.problem import Problem, causal_lm, select, supervised
+    from hesscope.results import load
+    from hesscope.space import Space
+
+__all__ = [
+    "HesscopeError",
+    "HesscopeWarning",
+    "Operator",
+    "Problem",
+    "Space",
+    "block",
+    "causal_lm",
+    "density",
+    "diagonal",
+    "eigs",
+    "hessian",
+    "lanczos",
+    "load",
+    "operator",
+    "select",
+    "supervised",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hesscope' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

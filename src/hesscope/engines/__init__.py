@@ -1,0 +1,6 @@
+"""Engines: how the product of one batch's Hessian with vectors is computed."""
+
+from hesscope.engines.base import Engine, Linearization
+from hesscope.engines.choice import ENGINES, make_engine
+
+__all__ = ["ENGINES", "Engine", "Linearization", "make_engine"]

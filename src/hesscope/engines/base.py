@@ -1,0 +1,53 @@
+"""The interface of an engine. It knows one batch; the operator above it knows the data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from hesscope.models import named_parameters
+from hesscope.problem import Problem
+from hesscope.space import Space, Vectors
+
+
+class Linearization(ABC):
+    """One batch's loss, differentiated once and ready to be differentiated again along any vectors.
+
+    All quantities belong to the batch's summed loss; nothing is divided by a count here.
+    """
+
+    #: Bytes held for later products, beyond the parameters.
+    bytes: int
+    #: The summed loss.
+    total: float
+    #: Selected parameters on which this batch's loss does not depend.
+    unused: list[str]
+
+    @abstractmethod
+    def gradient(self) -> Vectors:
+        """The gradient of the sum, one vector."""
+
+    @abstractmethod
+    def product(self, V: Vectors, last: bool = False) -> Vectors:
+        """The Hessian of the sum times every vector of V; with `last` nothing is kept for further calls."""
+
+
+class Engine(ABC):
+    """Makes linearizations. Costs are in forward passes of the batch."""
+
+    name: str
+    #: Cost of a linearization, and of each vector's product on it.
+    build_units: float
+    product_units: float
+
+    @abstractmethod
+    def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
+        """Prepare batch b."""
+
+
+
+def parameter_values(problem: Problem, space: Space) -> dict[str, Tensor]:
+    """The selected parameters' values, sharing storage with the model and detached from any graph."""
+    parameters = named_parameters(problem.model)
+    return {name: parameters[name].detach() for name in space.names}

@@ -1,0 +1,84 @@
+"""Central finite differences of the gradient, with an error estimate from two step sizes.
+
+    H v ~ (g(theta + h v) - g(theta - h v)) / 2h,    h = (3 eps)^(1/3) * (1 + |theta|) / |v|
+
+(Dennis and Schnabel, 1983, section 5.4, with the step of the coordinate-free form). The product reported is Richardson's
+extrapolation of steps h and 2h; their difference bounds its error where rounding does not dominate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscope.engines.base import Engine, Linearization, parameter_values
+from hesscope.problem import Problem
+from hesscope.space import Space, Vectors, vectors
+
+
+class FiniteDifference(Engine):
+    """Four gradients a product: when nothing else runs, and as a check of everything else."""
+
+    name = "finite-difference"
+    build_units = 0.0
+    product_units = 12.0
+
+    def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
+        return _Differences(problem, b, space)
+
+
+class _Differences(Linearization):
+    def __init__(self, problem: Problem, b: int, space: Space) -> None:
+        self._problem, self._b, self._space = problem, b, space
+        self._values = parameter_values(problem, space)
+        self.bytes, self.unused = 0, []
+        with torch.no_grad():
+            self.total = float(problem.total(b)[0])
+        #: Relative difference of the two step sizes, the largest seen.
+        self.error = 0.0
+
+    def gradient(self) -> Vectors:
+        return self._gradient(self._values)
+
+    def product(self, V: Vectors, last: bool = False) -> Vectors:
+        return vectors.concatenate([self._column(vectors.columns(V, k, k + 1)) for k in range(vectors.count(V))])
+
+    def _column(self, v: Vectors) -> Vectors:
+        length = float(self._space.norms(v))
+        if length == 0.0:
+            return self._space.zeros()
+        step = self._step() / length
+        fine, coarse = self._quotient(v, step), self._quotient(v, 2 * step)
+        best = vectors.add(vectors.scale(fine, 4 / 3), coarse, -1 / 3)
+        scale = float(self._space.norms(best))
+        if scale > 0:
+            self.error = max(self.error, float(self._space.norms(vectors.add(best, fine, -1.0))) / scale)
+        return best
+
+    def _step(self) -> float:
+        """Balances the rounding of gradients (eps / h) against the cubic term (h^2)."""
+        eps = max(torch.finfo(p.dtype).eps for p in self._values.values())
+        theta = sum(float(p.double().square().sum()) for p in self._values.values()) ** 0.5
+        size = sum(p.numel() for p in self._values.values()) ** 0.5
+        return float((3 * eps) ** (1 / 3) * (1.0 + theta / size))
+
+    def _quotient(self, v: Vectors, step: float) -> Vectors:
+        forward, backward = self._gradient(self._moved(v, step)), self._gradient(self._moved(v, -step))
+        return vectors.scale(vectors.add(forward, backward, -1.0), 0.5 / step)
+
+    def _moved(self, v: Vectors, step: float) -> dict[str, Tensor]:
+        return {
+            c.name: self._values[c.name] + (step * c.scatter(v[c.name][0])).to(c.dtype) for c in self._space.coordinates
+        }
+
+    def _gradient(self, values: dict[str, Tensor]) -> Vectors:
+        leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
+        with torch.enable_grad():
+            total, _ = self._problem.total(self._b, leaves)
+        result = self._space.zeros()
+        if total.requires_grad:
+            parts = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            for c, g in zip(self._space.coordinates, parts, strict=True):
+                if g is not None:
+                    result[c.name][0] = c.gather(g)
+        return result

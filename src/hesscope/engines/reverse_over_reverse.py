@@ -1,0 +1,94 @@
+"""Reverse-over-reverse: differentiate the gradient's graph once more.
+
+With g(theta) the gradient of the batch's sum, H v = d<g(theta), v>/d theta. The graph of g is built once (3 forward
+passes); each product is a reverse pass through it (6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscope.engines.base import Engine, Linearization, parameter_values
+from hesscope.problem import Problem
+from hesscope.space import Space, Vectors, vectors
+
+
+class ReverseOverReverse(Engine):
+    """The default engine: exact, for every model whose operations have second derivatives."""
+
+    name = "reverse-over-reverse"
+    build_units = 3.0
+    product_units = 6.0
+
+    def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
+        return _GradientGraph(problem, b, space)
+
+
+class _GradientGraph(Linearization):
+    """The differentiable gradient of one batch's summed loss with respect to the selected parameters."""
+
+    def __init__(self, problem: Problem, b: int, space: Space) -> None:
+        self._space = space
+        self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
+        meter = _SavedBytes(problem.model.parameters())
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
+            total, _ = problem.total(b, self._leaves)
+            self._gradients = self._differentiate(total)
+        self.unused = [name for name, g in zip(self._leaves, self._gradients, strict=True) if g is None]
+        self.total = float(total.detach())
+        self.bytes = meter.bytes
+
+    def _differentiate(self, total: Tensor) -> list[Tensor | None]:
+        """The gradient's parts; None for a parameter that this batch's loss does not use."""
+        if not total.requires_grad:
+            return [None] * len(self._leaves)
+        return list(torch.autograd.grad(total, list(self._leaves.values()), create_graph=True, allow_unused=True))
+
+    def gradient(self) -> Vectors:
+        result = self._space.zeros()
+        for c, g in zip(self._space.coordinates, self._gradients, strict=True):
+            if g is not None:
+                result[c.name][0] = c.gather(g.detach())
+        return result
+
+    def product(self, V: Vectors, last: bool = False) -> Vectors:
+        count = vectors.count(V)
+        result = self._space.zeros(count)
+        # Constant parts of the gradient (a loss linear in a parameter) have no graph and add nothing.
+        curved = [
+            (c, g)
+            for c, g in zip(self._space.coordinates, self._gradients, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        for k in range(count if curved else 0):
+            seeds = [c.scatter(V[c.name][k]).to(g.dtype) for c, g in curved]
+            columns = torch.autograd.grad(
+                [g for _, g in curved],
+                list(self._leaves.values()),
+                grad_outputs=seeds,
+                retain_graph=not (last and k == count - 1),
+                allow_unused=True,
+            )
+            for c, column in zip(self._space.coordinates, columns, strict=True):
+                if column is not None:
+                    result[c.name][k] = c.gather(column)
+        return result
+
+
+class _SavedBytes:
+    """Counts the bytes that autograd keeps while a graph is built: each storage once, the parameters' not at all."""
+
+    def __init__(self, parameters: object) -> None:
+        self._seen = {p.untyped_storage().data_ptr() for p in parameters}  # type: ignore[attr-defined]
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        return tensor

@@ -1,0 +1,16 @@
+"""Losses: what is summed over a batch, and how many terms that sum has."""
+
+from hesscope.losses.causal_lm import CausalLMLoss, valid_targets
+from hesscope.losses.mean import MeanLoss
+from hesscope.losses.protocol import Loss, SplitLoss
+from hesscope.losses.supervised import CrossEntropyLoss, SquaredErrorLoss
+
+__all__ = [
+    "CausalLMLoss",
+    "CrossEntropyLoss",
+    "Loss",
+    "MeanLoss",
+    "SplitLoss",
+    "SquaredErrorLoss",
+    "valid_targets",
+]

@@ -1,0 +1,92 @@
+"""Borrow the caller's model for a computation and hand it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Implementations that have second derivatives: SDPA in its mathematical form, and the written-out one.
+_TWICE_DIFFERENTIABLE = ("sdpa", "eager")
+
+
+@contextmanager
+def borrowed(model: nn.Module, dropout_seed: int | None = None) -> Iterator[None]:
+    """Run the model twice-differentiably inside; attention, experts, training flags and random state return after.
+
+    With a `dropout_seed` dropout is on (normalisation layers stay in evaluation mode) and draws from that seed.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_implementations(model))
+        if dropout_seed is not None:
+            stack.enter_context(_training_flags(model))
+            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+            torch.manual_seed(dropout_seed)
+        yield
+
+
+def attention_note(model: nn.Module) -> str:
+    """Which attention a borrowed model runs, in words, for the record of a result."""
+    config = _root_config(model)
+    used = None if config is None else getattr(config, "_attn_implementation", None)
+    if used is None:
+        return "the model's own"
+    target = _replacement(model, used)
+    named = "sdpa (mathematical form)" if target == "sdpa" else str(target)
+    return named if target == used else f"{named}, in place of {used}, which has no second derivative"
+
+
+@contextmanager
+def _implementations(model: nn.Module) -> Iterator[None]:
+    """Exchange fused attention and grouped experts, in this model's configurations only."""
+    saved: list[tuple[Any, str, Any]] = []
+    try:
+        for config in _configs(model):
+            attention = getattr(config, "_attn_implementation_internal", None)
+            if attention is not None:
+                saved.append((config, "_attn_implementation_internal", attention))
+                config._attn_implementation_internal = _replacement(model, attention)
+            if getattr(config, "_experts_implementation_internal", None) is not None:
+                saved.append((config, "_experts_implementation_internal", config._experts_implementation_internal))
+                config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, name, value in reversed(saved):
+            setattr(config, name, value)
+
+
+def _replacement(model: nn.Module, attention: str) -> str:
+    """SDPA for a fused kernel where the model has it; a model that has not (soft caps) gets the written-out form."""
+    if attention in _TWICE_DIFFERENTIABLE:
+        return attention
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
+def _root_config(model: nn.Module) -> Any:
+    return next((m.config for m in model.modules() if hasattr(m, "config")), None)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration that a module of the model reads, once."""
+    return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+
+
+@contextmanager
+def _training_flags(model: nn.Module) -> Iterator[None]:
+    flags = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in flags:
+            m.training = not isinstance(m, nn.modules.batchnorm._NormBase)
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

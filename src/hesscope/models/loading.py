@@ -1,0 +1,74 @@
+"""Models and tokenizers by Hub id or local path."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesscope.errors import HesscopeError
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from itself or its name."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise HesscopeError(f"Expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def load_model(
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **hub: Any,
+) -> nn.Module:
+    """Load a causal LM in float32 unless told otherwise, on a GPU if there is one, in evaluation mode.
+
+    Raises HesscopeError where the name is neither a model folder nor a Hub id that can be reached.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise HesscopeError(
+            f"Expected {str(name)!r} to be a model folder with a config.json, or a Hub id; there is no config.json in it."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or torch.float32, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise HesscopeError(f"Could not load {str(name)!r} as a causal language model: {_first_line(error)}") from error
+    moved: nn.Module = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return moved.eval()
+
+
+def load_tokenizer(name: str | Path, **hub: Any) -> Any:
+    """Load a tokenizer; raises HesscopeError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except Exception as error:  # tokenizer files fail in as many ways as there are formats
+        raise HesscopeError(
+            f"Could not load a tokenizer from {str(name)!r} ({_first_line(error)}); pass tokenizer=, or data as token ids."
+        ) from error
+
+
+def place_model(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
+    """The model itself where dtype and device already fit, otherwise a converted copy: the caller's is never changed."""
+    parameters = list(model.parameters())
+    fits = all(
+        (dtype is None or p.dtype == dtype) and (device is None or p.device == torch.device(device)) for p in parameters
+    )
+    return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

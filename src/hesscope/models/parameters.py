@@ -1,0 +1,41 @@
+"""The parameters of a model: their names, their identity, their state."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, under its first name, in the order of `model.named_parameters()`."""
+    return dict(model.named_parameters())
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """{every name: the first name of the same parameter}; tied parameters have several names."""
+    first: dict[int, str] = {}
+    result = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        result[name] = first.setdefault(id(parameter), name)
+    return result
+
+
+def state_key(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes whenever a parameter is written in place or its storage is replaced; cheap to compute."""
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A SHA-256 of the architecture's name and of every parameter's and buffer's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(_bytes_of(tensor)))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(raw.numpy())

@@ -1,0 +1,103 @@
+"""A symmetric linear map on a space, and what algorithms may ask of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hesscope.errors import HesscopeError
+from hesscope.space import Space, Vectors, vectors
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+class Operator(ABC):
+    """A symmetric linear map A on R^n.
+
+    `A @ v` takes a flat tensor [n] or [n, K], or one vector as {name: tensor shaped like the selected part}, and returns
+    its like. Algorithms use `matmat` on vectors kept per parameter. `products` and `units` (forward passes over the
+    data) count what has been spent since construction.
+    """
+
+    def __init__(self, space: Space, positive_semidefinite: bool = False) -> None:
+        self.space = space
+        self.positive_semidefinite = positive_semidefinite
+        self.products = 0
+
+    # ---- what a subclass supplies
+
+    @abstractmethod
+    def _matmat(self, V: Vectors) -> Vectors:
+        """A times every vector of V, as new tensors."""
+
+    @property
+    @abstractmethod
+    def units(self) -> float:
+        """Forward passes over the data spent so far."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a result keeps about its operator, as JSON."""
+
+    # ---- what everyone uses
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.space.size, self.space.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.space.dtype
+
+    def matmat(self, V: Vectors) -> Vectors:
+        """A times every vector of V; counted."""
+        self.products += vectors.count(V)
+        return self._matmat(V)
+
+    def __matmul__(self, v: Tensor | dict[str, Tensor]) -> Any:
+        if isinstance(v, dict):
+            return {name: part[0] for name, part in self.matmat(self.space.from_dict(v)).items()}
+        if not isinstance(v, Tensor):
+            raise HesscopeError(
+                f"Expected a tensor or a dictionary of tensors, got {type(v).__name__}; to_scipy() takes NumPy arrays."
+            )
+        if v.dim() not in (1, 2) or v.shape[0] != self.space.size:
+            raise HesscopeError(
+                f"Expected a tensor of shape [{self.space.size}] or [{self.space.size}, k], got {list(v.shape)}."
+            )
+        if v.numel() == 0:
+            return v.new_zeros(v.shape, dtype=self.dtype)
+        flat = self.space.flatten(self.matmat(self.space.unflatten(v if v.dim() == 2 else v[:, None])))
+        return flat if v.dim() == 2 else flat[:, 0]
+
+    def to_scipy(self) -> LinearOperator:
+        """The operator for SciPy's `eigsh` and friends."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def matmat(X: Any) -> Any:
+            return (self @ torch.as_tensor(X).to(self.space.device, self.dtype)).cpu().numpy()
+
+        empty = torch.empty(0, dtype=self.dtype).numpy()
+        return LinearOperator(self.shape, matvec=lambda x: matmat(x.reshape(-1)), matmat=matmat, dtype=empty.dtype)
+
+    def __add__(self, other: Operator) -> Operator:
+        from hesscope.operators.composed import Sum
+
+        return Sum(self, other)
+
+    def __mul__(self, factor: float) -> Operator:
+        from hesscope.operators.composed import Multiple
+
+        return Multiple(self, float(factor))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Operator:
+        return self * -1.0
+
+    def __sub__(self, other: Operator) -> Operator:
+        return self + (-other)

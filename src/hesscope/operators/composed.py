@@ -1,0 +1,67 @@
+"""Operators made of operators: sums, multiples and rank-one matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hesscope.errors import HesscopeError
+from hesscope.operators.base import Operator
+from hesscope.space import Space, Vectors, vectors
+
+
+class Sum(Operator):
+    """A + B on one space."""
+
+    def __init__(self, first: Operator, second: Operator) -> None:
+        if first.space is not second.space and first.space.labels != second.space.labels:
+            raise HesscopeError("Expected two operators on the same selection; select once and use that space for both.")
+        super().__init__(first.space, first.positive_semidefinite and second.positive_semidefinite)
+        self._first, self._second = first, second
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        result = self._first.matmat(V)
+        vectors.add_(result, self._second.matmat(V))
+        return result
+
+    @property
+    def units(self) -> float:
+        return self._first.units + self._second.units
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": "sum", "terms": [self._first.describe(), self._second.describe()]}
+
+
+class Multiple(Operator):
+    """factor * A."""
+
+    def __init__(self, base: Operator, factor: float) -> None:
+        super().__init__(base.space, base.positive_semidefinite and factor >= 0)
+        self._base, self._factor = base, factor
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        return vectors.scale(self._base.matmat(V), self._factor)
+
+    @property
+    def units(self) -> float:
+        return self._base.units
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": "multiple", "factor": self._factor, "of": self._base.describe()}
+
+
+class RankOne(Operator):
+    """weight * g g^T for one vector g; costs no forward pass."""
+
+    def __init__(self, space: Space, g: Vectors, weight: float = 1.0) -> None:
+        super().__init__(space, weight >= 0)
+        self._g, self._weight = g, weight
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        return self.space.combine(self._g, self._weight * self.space.inner(self._g, V))
+
+    @property
+    def units(self) -> float:
+        return 0.0
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": "rank-one", "weight": self._weight, "norm": float(self.space.norms(self._g))}

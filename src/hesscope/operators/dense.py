@@ -1,0 +1,80 @@
+"""Operators given as a matrix or as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscope.errors import HesscopeError
+from hesscope.operators.base import Operator
+from hesscope.space import Vectors
+from hesscope.space.space import flat_space
+
+
+class FlatOperator(Operator):
+    """A function from [n, K] to [n, K], taken at its word to be linear and symmetric."""
+
+    def __init__(
+        self, matmat: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device, kind: str
+    ) -> None:
+        super().__init__(flat_space(size, dtype, device))
+        self._function = matmat
+        self._kind = kind
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        X_nK = V["x"].T
+        Y_nK = self._function(X_nK)
+        if Y_nK.shape != X_nK.shape:
+            raise HesscopeError(
+                f"Expected matmat to map [n, k] to [n, k], here {list(X_nK.shape)}, got {list(Y_nK.shape)}."
+            )
+        return {"x": Y_nK.T.to(self.dtype, copy=True)}
+
+    @property
+    def units(self) -> float:
+        return 0.0
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": self._kind, "size": self.space.size}
+
+
+def operator(
+    matrix: Tensor | Callable[[Tensor], Tensor],
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Operator:
+    """Any symmetric matrix, or function `matmat` from [n, k] to [n, k], as an operator.
+
+    Args:
+        matrix: a square symmetric tensor, or a function; for a function give `size` and, unless float32, `dtype`.
+
+    Raises:
+        HesscopeError: the matrix is not square or not symmetric (relative asymmetry above 1e-3), a function without size.
+
+    Example:
+        >>> import torch, hesscope as hs
+        >>> hs.operator(torch.diag(torch.tensor([2.0, 1.0]))) @ torch.ones(2)
+        tensor([2., 1.])
+    """
+    if callable(matrix) and not isinstance(matrix, Tensor):
+        if size is None:
+            raise HesscopeError("Expected size= with a function: the number of coordinates it works on.")
+        return FlatOperator(matrix, size, dtype or torch.float32, torch.device(device or "cpu"), "function")
+    A = _symmetric(torch.as_tensor(matrix), dtype, device)
+    return FlatOperator(lambda X: A @ X, A.shape[0], A.dtype, A.device, "matrix")
+
+
+def _symmetric(matrix: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
+        raise HesscopeError(f"Expected a square matrix, got shape {list(matrix.shape)}.")
+    A = matrix.detach().to(device=device, dtype=dtype or torch.promote_types(matrix.dtype, torch.float32))
+    gap, scale = float((A - A.T).abs().max()), float(A.abs().max())
+    if not gap <= 1e-3 * scale:
+        raise HesscopeError(
+            f"Expected a symmetric matrix; the largest |A - A^T| is {gap:.3g} against entries up to {scale:.3g}."
+        )
+    return A

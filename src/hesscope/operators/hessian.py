@@ -1,0 +1,111 @@
+"""The Hessian of a problem's objective."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hesscope.engines import Engine, make_engine
+from hesscope.operators.base import Operator
+from hesscope.operators.composed import RankOne
+from hesscope.operators.graphs import KeptLinearizations
+from hesscope.problem import Problem, select
+from hesscope.space import Space, Vectors, vectors
+
+
+class HessianOfRisk(Operator):
+    """H = (1/N) sum over batches of the Hessian of the batch's summed loss: the data loop and its one division."""
+
+    def __init__(self, problem: Problem, space: Space, engine: Engine, graph_memory: int | None) -> None:
+        super().__init__(space)
+        self.problem = problem
+        self.engine = engine
+        self._graphs = KeptLinearizations(problem, space, engine, graph_memory)
+        self._units = 0.0
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        result = self.space.zeros(vectors.count(V))
+        for b in range(len(self.problem.batches)):
+            linearization, built, kept = self._graphs.get(b)
+            vectors.add_(result, linearization.product(V, last=not kept))
+            self._spend(b, built, vectors.count(V))
+        return vectors.scale(result, 1.0 / self.problem.N)
+
+    def risk_and_gradient(self) -> tuple[float, Vectors]:
+        """R and its gradient over the selection, from the same graphs."""
+        total, gradient = 0.0, self.space.zeros()
+        for b in range(len(self.problem.batches)):
+            linearization, built, _ = self._graphs.get(b)
+            total += linearization.total
+            vectors.add_(gradient, linearization.gradient())
+            self._spend(b, built, 0)
+        return total / self.problem.N, vectors.scale(gradient, 1.0 / self.problem.N)
+
+    def release(self) -> None:
+        """Drop the kept graphs; the next product builds them again."""
+        self._graphs.drop()
+
+    def _spend(self, b: int, built: bool, products: int) -> None:
+        share = self.problem.counts[b] / self.problem.N
+        self._units += share * (self.engine.build_units * built + self.engine.product_units * products)
+
+    @property
+    def units(self) -> float:
+        return self._units
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "operator": "hessian",
+            "engine": self.engine.name,
+            "graphs_kept": self._graphs.batches,
+            "graph_bytes": self._graphs.bytes,
+            "selection": _describe_space(self.space),
+            "problem": self.problem.describe(),
+        }
+
+
+def hessian(
+    problem: Problem, space: Space | None = None, engine: str = "auto", graph_memory: int | None = None
+) -> Operator:
+    """The Hessian of the problem's objective over a space.
+
+    For objective="nll", H = d^2 R / d theta^2. For objective="perplexity", with P = exp(R) and g = d R / d theta, it is
+    P (H + g g^T), the same operator with a rank-one update.
+
+    Args:
+        problem: what is differentiated.
+        space: from `hesscope.select`; every trainable parameter by default.
+        engine: "auto" or the name of an engine.
+        graph_memory: bytes that graphs kept between products may take; half of the free memory by default, 0 keeps none.
+
+    Raises:
+        HesscopeError: an unknown engine, or a loss that is not finite.
+
+    Example:
+        >>> import torch, hesscope as hs
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batch = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> hs.hessian(hs.supervised(model, [batch], loss="mse")) @ torch.ones(2)      # (2/N) X^T X v
+        tensor([1., 4.])
+    """
+    space = space if space is not None else select(problem)
+    base = HessianOfRisk(problem, space, make_engine(engine), graph_memory)
+    if problem.objective == "nll":
+        return base
+    risk, gradient = base.risk_and_gradient()
+    perplexity = math.exp(risk)
+    return perplexity * (base + RankOne(space, gradient))
+
+
+def _describe_space(space: Space) -> dict[str, Any]:
+    """The selection, so that a result can be labelled and matched: names, shapes, and a hash of any indices."""
+    import hashlib
+
+    described: dict[str, Any] = {"size": space.size, "parameters": {}}
+    for c in space.coordinates:
+        entry: dict[str, Any] = {"shape": list(c.shape)}
+        if c.index is not None:
+            entry["of_shape"] = list(c.parameter_shape)
+            entry["index_sha256"] = hashlib.sha256(c.index.numpy().tobytes()).hexdigest()
+        described["parameters"][c.name] = entry
+    return described

@@ -1,0 +1,142 @@
+"""Language-model problems from any model and any text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscope.data import Source, batches_of_sequences, check_batches, read, sequences_of
+from hesscope.data.batching import require_context
+from hesscope.data.tokens import require_sequences
+from hesscope.errors import HesscopeError
+from hesscope.losses import CausalLMLoss
+from hesscope.models import context_length, load_model, load_tokenizer, place_model
+from hesscope.models.loading import resolve_dtype
+from hesscope.problem.problem import Problem
+
+_LONGEST_DEFAULT = 2048
+
+
+def causal_lm(
+    model: str | Path | nn.Module,
+    data: Any,
+    tokenizer: Any = None,
+    length: int | None = None,
+    sequences: int | None = None,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    split: str | None = None,
+    data_config: str | None = None,
+    text_column: str = "text",
+    pack: bool = False,
+    objective: str = "nll",
+    dropout: str = "off",
+    seed: int = 0,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Problem:
+    """The next-token loss of a causal language model on frozen text.
+
+    R(theta) = (1/N) sum over valid target tokens of -log p(token | tokens before it), in nats.
+
+    Args:
+        model: a Hub id, a local folder, or a loaded model.
+        data: a Hub dataset (with `data_config` and `split`), a dataset folder or a loaded `datasets.Dataset`, whose rows
+            are joined by a blank line and cut into consecutive windows of `length` tokens, as a .txt file is; a .jsonl
+            or .parquet file or a list of texts, which stay separate sequences truncated to `length` (`pack=True` joins
+            and cuts them too); token ids [sequences, length]; or any iterable of batches, read once. Explicit `labels`
+            are obeyed; otherwise labels are the inputs, without masked positions.
+        tokenizer: a tokenizer or the name of one; the model's own by default.
+        length: tokens a sequence; the model's context, at most 2048, by default.
+        sequences: use only so many, the first ones.
+        batch_size: sequences a batch. It changes memory and speed, not the result.
+        dtype: float32 by default where hesscope loads the model, the model's own otherwise. Another dtype or device than
+            a given model's works on a copy.
+        objective: "nll" (R) or "perplexity" (exp R).
+        dropout: "off", or "frozen" for one mask a batch, drawn from `seed`.
+        revision, cache_dir: passed on to the Hub.
+
+    Raises:
+        HesscopeError: no such model or data, text shorter than one window, sequences longer than the model's context.
+    """
+    hub = {key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None}
+    dtype = resolve_dtype(dtype)
+    name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
+    loaded = place_model(model, dtype, device) if isinstance(model, nn.Module) else load_model(model, dtype, device, **hub)
+    context = context_length(loaded)
+    require_context(length or 0, context, "each sequence")
+    if length is not None and length < 2:
+        raise HesscopeError(f"Expected length to be at least 2 (a token and the one it predicts), got {length}.")
+    source = read(data, split=split, data_config=data_config, text_column=text_column)
+    encode = _tokenizer(tokenizer, name, hub) if source.kind in ("rows", "texts") else None
+    window = length or min(context or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+    if source.kind in ("rows", "texts"):
+        found = sequences_of(source, encode, window, sequences, pack)
+        batches = batches_of_sequences(found, batch_size)
+    else:
+        batches = _token_batches(source, length, sequences, batch_size)
+    return Problem(
+        loaded,
+        CausalLMLoss(),
+        check_batches(batches, _vocabulary(loaded), context),
+        objective=objective,
+        dropout=dropout,
+        seed=seed,
+        source=_describe(loaded, name, encode, source, window),
+    )
+
+
+def _token_batches(source: Source, length: int | None, sequences: int | None, batch_size: int) -> list[dict[str, Any]]:
+    """Batches of data that came as token ids: cut to `length` and to the first `sequences` where these are given."""
+    if source.kind == "batches":
+        return source.items if sequences is None else _first_sequences(source.items, sequences)
+    found = require_sequences(source.items, sequences, source.name)
+    return batches_of_sequences([ids[:length] for ids in found], batch_size)
+
+
+def _first_sequences(batches: Iterable[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
+    """The batches that hold the first `wanted` sequences; the last of them may be cut."""
+    kept, found = [], 0
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        take = min(rows, wanted - found)
+        if take > 0:
+            kept.append({k: v[:take] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()})
+        found += max(take, 0)
+    require_sequences([torch.empty(0)] * found, wanted, "the batches")
+    return kept
+
+
+def _tokenizer(tokenizer: Any, model_name: str | None, hub: dict[str, Any]) -> Any:
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    name = tokenizer or model_name
+    if not name:
+        raise HesscopeError("Expected tokenizer= with text and a model that was not loaded by name; pass a tokenizer.")
+    return load_tokenizer(name, **hub)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def _describe(model: nn.Module, name: str | None, tokenizer: Any, source: Source, length: int) -> dict[str, Any]:
+    """What the record of a result says about where the problem came from."""
+    config = getattr(model, "config", None)
+    described = {
+        "model_name": name,
+        "revision": getattr(config, "_commit_hash", None),
+        "data": source.name,
+        "length": length,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    if tokenizer is not None:
+        described["tokenizer"] = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return described

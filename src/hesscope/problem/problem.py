@@ -1,0 +1,221 @@
+"""A model, a loss and a frozen list of batches: the risk R(theta) and how to differentiate it twice."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from hesscope.errors import HesscopeError
+from hesscope.losses import Loss, MeanLoss
+from hesscope.models import borrowed, first_nonfinite_module, named_parameters, parameters, require_one_device
+from hesscope.models.borrow import attention_note
+from hesscope.models.dropout import require_no_dropout
+from hesscope.problem.batches import content_hash, freeze
+
+OBJECTIVES = ("nll", "perplexity")
+DROPOUTS = ("off", "frozen")
+
+
+class Problem:
+    """The risk R(theta) = (1/N) sum over batches of loss.total(model, batch), with N the sum of their counts.
+
+    Args:
+        model: any `torch.nn.Module` on one device. It is never changed: parameters are read through aliases, and
+            whatever is switched for the duration of a pass is switched back.
+        loss: an object with `total(model, batch) -> (sum, count)`, or a function `(model, batch) -> mean`, which needs
+            `count`.
+        batches: any iterable of batches (nested dictionaries, lists and tuples of tensors), of any sizes; read once,
+            copied and kept on the CPU.
+        count: for a function that returns a mean: the number of terms in a batch's mean, as `count(batch)`.
+        objective: "nll" for R itself (nats, where the loss is a log-likelihood), "perplexity" for exp(R).
+        dropout: "off" refuses a model that would drop; "frozen" keeps one mask a batch, drawn from `seed`.
+
+    Raises:
+        HesscopeError: no batches, a mean without `count`, parameters on several devices, active dropout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Callable[[nn.Module, Any], Tensor],
+        batches: Iterable[Any],
+        *,
+        count: Callable[[Any], int] | None = None,
+        objective: str = "nll",
+        dropout: str = "off",
+        seed: int = 0,
+        source: dict[str, Any] | None = None,
+    ) -> None:
+        _require_choice("objective", objective, OBJECTIVES)
+        _require_choice("dropout", dropout, DROPOUTS)
+        self.device = require_one_device(model)
+        if dropout == "off":
+            require_no_dropout(model)
+        self.model = model
+        self.loss = _as_loss(loss, count)
+        self.batches = freeze(batches)
+        self.objective = objective
+        self.dropout = dropout
+        self.seed = seed
+        self.source = dict(source or {})
+        self._wrapped = _LossModule(model, self.loss)
+
+    def __repr__(self) -> str:
+        return f"Problem({type(self.model).__name__}, {type(self.loss).__name__}, {len(self.batches)} batches)"
+
+    # ---- counting
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The number of loss terms of each batch (for a language model: valid target tokens)."""
+        if hasattr(self.loss, "count"):
+            counts = tuple(self.loss.count(batch) for batch in self.batches)
+        else:
+            with torch.no_grad():
+                counts = tuple(self.total(b)[1] for b in range(len(self.batches)))
+        if sum(counts) == 0:
+            raise HesscopeError(
+                "Expected at least one loss term, found none: every label is ignored or the sequences have one token."
+            )
+        return counts
+
+    @property
+    def N(self) -> int:
+        """The number of loss terms over all batches, the one divisor of the risk."""
+        return sum(self.counts)
+
+    # ---- running
+
+    @contextmanager
+    def running(self, b: int) -> Iterator[None]:
+        """The state in which batch b is run: attention with a second derivative, dropout off or frozen."""
+        seed = None if self.dropout == "off" else _batch_seed(self.seed, b)
+        with borrowed(self.model, dropout_seed=seed):
+            yield
+
+    def total(self, b: int, replaced: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
+        """The sum of the losses of batch b and its count, with some parameters replaced by other tensors.
+
+        Parameters that are not replaced are constants. Raises HesscopeError where the sum is not finite.
+        """
+        fixed = {name: p.detach() for name, p in named_parameters(self.model).items()}
+        batch = self.on_device(b)
+        with self.running(b):
+            state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
+            total, count = functional_call(self._wrapped, state, (batch,))
+        self._require_scalar(total)
+        if not torch.isfinite(total.detach()).all():
+            raise HesscopeError(self._nonfinite(b, total, batch))
+        return total, count
+
+    def on_device(self, b: int) -> Any:
+        """Batch b on the model's device."""
+        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, self.batches[b])
+
+    def risk(self) -> float:
+        """R: the mean loss over all valid terms (nats for a log-likelihood). One forward pass."""
+        with torch.no_grad():
+            return math.fsum(float(self.total(b)[0]) for b in range(len(self.batches))) / self.N
+
+    # ---- identity
+
+    @property
+    def data_fingerprint(self) -> str:
+        """SHA-256 of the frozen batches, in their order."""
+        return self._data_fingerprint
+
+    @cached_property
+    def _data_fingerprint(self) -> str:
+        return content_hash(self.batches)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the numbers: weights, batches, loss, objective, dropout."""
+        parts = [self._model_fingerprint(), self.data_fingerprint, type(self.loss).__name__, self.objective]
+        parts += [self.dropout, str(self.seed) if self.dropout == "frozen" else ""]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _model_fingerprint(self) -> str:
+        """Hash the weights anew only when they changed."""
+        key = parameters.state_key(self.model)
+        if getattr(self, "_hashed", None) is None or self._hashed[0] != key:
+            self._hashed = (key, parameters.fingerprint(self.model))
+        return self._hashed[1]
+
+    def describe(self) -> dict[str, Any]:
+        """What a result keeps about its problem."""
+        return {
+            "fingerprint": self.fingerprint,
+            "data_fingerprint": self.data_fingerprint,
+            "model": type(self.model).__name__,
+            "loss": type(self.loss).__name__,
+            "objective": self.objective,
+            "dropout": self.dropout,
+            "batches": len(self.batches),
+            "terms": self.N,
+            "attention": attention_note(self.model),
+            **self.source,
+        }
+
+    # ---- complaints
+
+    def _require_scalar(self, total: Tensor) -> None:
+        if total.numel() != 1:
+            raise HesscopeError(
+                f"Expected the loss of a batch to be one number, its sum, got a tensor of shape {list(total.shape)}; "
+                "sum it."
+            )
+
+    def _nonfinite(self, b: int, total: Tensor, batch: Any) -> str:
+        def run() -> None:
+            with torch.no_grad(), self.running(b):
+                self.loss.total(self.model, batch)
+
+        module = first_nonfinite_module(self.model, run)
+        where = f"; the first output that is not finite is that of {module!r}" if module else ""
+        return f"The loss of batch {b} is {float(total)}, expected a finite number{where}."
+
+
+class _LossModule(nn.Module):
+    """The loss of a batch as one module, so that `functional_call` can replace parameters for any loss."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, int]:
+        return self._loss.total(self.model, batch)
+
+
+def _as_loss(loss: Any, count: Callable[[Any], int] | None) -> Loss:
+    if hasattr(loss, "total"):
+        return loss  # type: ignore[no-any-return]
+    if not callable(loss):
+        raise HesscopeError(
+            f"Expected a loss with a method total(model, batch), or a function, got {type(loss).__name__}."
+        )
+    if count is None:
+        raise HesscopeError(
+            "Expected count= with a loss function that returns a mean: pass a function that gives the number of terms "
+            "in a batch's mean, for it cannot be guessed."
+        )
+    return MeanLoss(loss, count)
+
+
+def _batch_seed(seed: int, b: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{b}".encode(), digest_size=7).digest(), "little")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise HesscopeError(f"Expected {name} to be {' or '.join(map(repr, choices))}, got {value!r}.")

@@ -1,0 +1,62 @@
+"""Which coordinates of one parameter belong to a selection."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """The selected coordinates of one parameter, in a fixed order.
+
+    `index` holds flat (row-major) positions, or is None where the whole parameter is selected. `shape` is the shape of
+    the selected part: the parameter's own where the whole of it is selected, `W[index].shape` for a slice, `[m]` for a
+    list of m flat indices.
+    """
+
+    name: str
+    parameter_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    index: Tensor | None = None
+    index_shape: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.index is None:
+            return self.parameter_shape
+        return self.index_shape if self.index_shape is not None else (self.index.numel(),)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def flat_indices(self) -> Tensor:
+        """Positions inside the row-major parameter, [size] int64, on the CPU."""
+        return torch.arange(self.size) if self.index is None else self.index
+
+    def gather(self, whole: Tensor) -> Tensor:
+        """Read the selected part out of a tensor of the parameter's shape."""
+        if self.index is None:
+            return whole
+        return whole.reshape(-1)[self.index.to(whole.device)].reshape(self.shape)
+
+    def scatter(self, part: Tensor) -> Tensor:
+        """Place a selected part into zeros of the parameter's shape: the transpose of `gather`."""
+        if self.index is None:
+            return part
+        whole = part.new_zeros(math.prod(self.parameter_shape))
+        whole[self.index.to(part.device)] = part.reshape(-1)
+        return whole.reshape(self.parameter_shape)
+
+    def labels(self) -> list[str]:
+        """One readable label a coordinate, such as `model.layers.0.mlp.up_proj.weight[3, 17]`."""
+        if not self.parameter_shape:
+            return [self.name]
+        positions = torch.unravel_index(self.flat_indices(), self.parameter_shape)
+        rows = zip(*(p.tolist() for p in positions), strict=True)
+        return [f"{self.name}[{', '.join(map(str, row))}]" for row in rows]

@@ -1,0 +1,154 @@
+"""The vector space over a selection: packing, inner products, combinations and random probes.
+
+Shape legend: n coordinates; K, L vectors; `V[name]` is [K, *shape of the selected part].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hesscope.errors import HesscopeError
+from hesscope.space import random, vectors
+from hesscope.space.coordinates import Coordinates
+from hesscope.space.vectors import Vectors
+
+
+class Space:
+    """The real vector space R^n whose coordinates are those of a selection, in the selection's order.
+
+    Vectors stay split by parameter, on the parameters' own devices; `flatten` and `unflatten` are the border to flat
+    tensors of shape [n, K]. Vectors of half-precision parameters are float32.
+    """
+
+    def __init__(self, coordinates: Sequence[Coordinates]) -> None:
+        self.coordinates = tuple(coordinates)
+
+    def __repr__(self) -> str:
+        return f"Space({self.size} coordinates of {len(self.coordinates)} parameters)"
+
+    @cached_property
+    def size(self) -> int:
+        """The number of coordinates, n."""
+        return sum(c.size for c in self.coordinates)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of flat vectors: the widest of the parameters', at least float32."""
+        result = torch.float32
+        for c in self.coordinates:
+            result = torch.promote_types(result, c.dtype)
+        return result
+
+    @property
+    def device(self) -> torch.device:
+        """Where flat vectors are put: the device of the first parameter."""
+        return self.coordinates[0].device
+
+    @property
+    def names(self) -> list[str]:
+        return [c.name for c in self.coordinates]
+
+    @property
+    def labels(self) -> list[str]:
+        """One readable label a coordinate, in order."""
+        return [label for c in self.coordinates for label in c.labels()]
+
+    # ---- the border to flat tensors and dictionaries
+
+    def unflatten(self, flat_nK: Tensor) -> Vectors:
+        """Split a flat [n, K] tensor into vectors."""
+        parts = flat_nK.detach().T.to(self.dtype).split([c.size for c in self.coordinates], dim=1)
+        return {
+            c.name: part.reshape(-1, *c.shape).to(c.device) for c, part in zip(self.coordinates, parts, strict=True)
+        }
+
+    def flatten(self, V: Vectors) -> Tensor:
+        """Join vectors into a flat [n, K] tensor."""
+        return torch.cat([V[c.name].reshape(vectors.count(V), c.size).to(self.device) for c in self.coordinates], 1).T
+
+    def from_dict(self, v: dict[str, Tensor]) -> Vectors:
+        """Read one vector given as {name: tensor shaped like the selected part}."""
+        if set(v) != set(self.names):
+            wrong = sorted(set(v) ^ set(self.names))
+            raise HesscopeError(
+                f"A vector of this space needs exactly the {len(self.names)} names in space.names; "
+                f"{', '.join(wrong[:3])} is missing or not one of them."
+            )
+        return {c.name: self._shaped(c, v[c.name])[None] for c in self.coordinates}
+
+    def _shaped(self, c: Coordinates, part: Tensor) -> Tensor:
+        if tuple(part.shape) != c.shape:
+            raise HesscopeError(
+                f"Expected {c.name} to have shape {list(c.shape)} as selected, got {list(part.shape)}; reshape it."
+            )
+        return part.detach().to(device=c.device, dtype=self.dtype)
+
+    # ---- arithmetic
+
+    def zeros(self, count: int = 1) -> Vectors:
+        """The zero vector, `count` times."""
+        return self._fill(lambda c: torch.zeros(count, *c.shape, dtype=self.dtype, device=c.device))
+
+    def inner(self, U: Vectors, V: Vectors) -> Tensor:
+        """All inner products <u_k, v_l>, a [K, L] float64 tensor on the CPU."""
+        total = torch.zeros(vectors.count(U), vectors.count(V), dtype=torch.float64)
+        for c in self.coordinates:
+            u_Kn, v_Ln = U[c.name].flatten(1), V[c.name].flatten(1)
+            total += (u_Kn @ v_Ln.T).to("cpu", torch.float64)
+        return total
+
+    def norms(self, V: Vectors) -> Tensor:
+        """Euclidean norms, [K] float64."""
+        squares = torch.zeros(vectors.count(V), dtype=torch.float64)
+        for c in self.coordinates:
+            squares += torch.linalg.vector_norm(V[c.name].flatten(1), dim=1).to("cpu", torch.float64) ** 2
+        return squares.sqrt()
+
+    def combine(self, V: Vectors, weights_KL: Tensor) -> Vectors:
+        """Linear combinations: L vectors, the l-th being sum_k weights[k, l] v_k."""
+        return self._fill(
+            lambda c: torch.tensordot(weights_KL.T.to(V[c.name].device, V[c.name].dtype), V[c.name], dims=1)
+        )
+
+    def basis(self, start: int, stop: int) -> Vectors:
+        """The unit vectors e_start .. e_(stop-1) of the selection's order."""
+        result, offset = self.zeros(stop - start), 0
+        for c in self.coordinates:
+            first, last = max(start, offset), min(stop, offset + c.size)
+            if first < last:
+                k = torch.arange(first - start, last - start)
+                result[c.name].view(stop - start, -1)[k, torch.arange(first - offset, last - offset)] = 1.0
+            offset += c.size
+        return result
+
+    # ---- random probes
+
+    def rademacher(self, seed: int, streams: Sequence[int | str]) -> Vectors:
+        """One vector of independent signs a stream."""
+        return self._draw(random.signs, seed, streams)
+
+    def gaussian(self, seed: int, streams: Sequence[int | str]) -> Vectors:
+        """One vector of independent standard normal numbers a stream."""
+        return self._draw(random.normals, seed, streams)
+
+    def _draw(
+        self, draw: Callable[[int, Tensor], Tensor], seed: int, streams: Sequence[int | str]
+    ) -> Vectors:
+        def part(c: Coordinates) -> Tensor:
+            indices = c.flat_indices().to(c.device)
+            rows = [draw(random.stream_key(seed, s, c.name), indices).to(self.dtype) for s in streams]
+            return torch.stack(rows).reshape(len(streams), *c.shape)
+
+        return self._fill(part)
+
+    def _fill(self, part: Callable[[Coordinates], Tensor]) -> Vectors:
+        return {c.name: part(c) for c in self.coordinates}
+
+
+def flat_space(size: int, dtype: torch.dtype, device: torch.device) -> Space:
+    """R^size with anonymous coordinates, the space of an operator given as a matrix."""
+    return Space([Coordinates("x", (size,), dtype, device)])
