@@ -1,8 +1,10 @@
 """English prose that every CPython carries: the help topics of `pydoc`, split for training and for measuring."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Literal
+
+from hesscope.errors import HesscopeError
 
 Split = Literal["train", "held_out"]
 
@@ -16,21 +18,17 @@ def prose(split: Split | None = None) -> str:
     the paragraphs that the held-out ones share with them. Raises `HesscopeError` if this Python carries no help topics
     or if `split` names none.
     """
-    return _reader(split)(_topics())
-
-
-def _reader(split: str | None) -> Callable[[list[str]], str]:
-    from hesscope.errors import HesscopeError
-
-    readers: dict[str | None, Callable[[list[str]], str]] = {None: _joined, "train": _train, "held_out": _held_out}
-    if split not in readers:
-        raise HesscopeError(f"No split of the prose is called {split!r}: choose 'train' or 'held_out'.")
-    return readers[split]
+    topics = _topics()
+    if split is None:
+        return _joined(topics)
+    if split == "train":
+        return _train(topics)
+    if split == "held_out":
+        return _held_out(topics)
+    raise HesscopeError(f"No split of the prose is called {split!r}: choose 'train' or 'held_out'.")
 
 
 def _topics() -> list[str]:
-    from hesscope.errors import HesscopeError
-
     try:
         # Some distributions package pydoc_data apart from Python itself.
         topics: dict[str, str] = import_module("pydoc_data.topics").topics

@@ -17,13 +17,13 @@ from hesscope.assets.byte_tokenizer import BYTES, byte_tokenizer
 from hesscope.assets.text import prose
 
 POSITIONS = 512
-WINDOW = 256
-BATCH = 32
-STEPS = 1500
+WINDOW = 512
+BATCH = 8
+STEPS = 1200
 WARM_UP = 100
-PEAK_RATE = 4e-3
+PEAK_RATE = 2e-3
 FINAL_SHARE = 0.02
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 1.0
 GRADIENT_NORM = 1.0
 
 Progress = Callable[[int, float], None]

@@ -36,6 +36,7 @@ class _Differences(Linearization):
             self.total = float(problem.total(b)[0])
         #: Relative difference of the two step sizes, the largest seen.
         self.error = 0.0
+        self._eps: float | None = None
 
     def gradient(self) -> Vectors:
         return self._gradient(self._values)
@@ -47,17 +48,23 @@ class _Differences(Linearization):
         length = float(self._space.norms(v))
         if length == 0.0:
             return self._space.zeros()
-        step = self._step() / length
+        if self._eps is None:
+            # A float64 model may still cast to float32 inside; then the step for float64 drowns in rounding.
+            candidates = {max(torch.finfo(p.dtype).eps for p in self._values.values()), torch.finfo(torch.float32).eps}
+            self._eps = min(candidates, key=lambda eps: self._extrapolated(v, self._step(eps) / length)[1])
+        best, error = self._extrapolated(v, self._step(self._eps) / length)
+        self.error = max(self.error, error)
+        return best
+
+    def _extrapolated(self, v: Vectors, step: float) -> tuple[Vectors, float]:
+        """Richardson's extrapolation of steps h and 2h, and its relative distance from the finer one."""
         fine, coarse = self._quotient(v, step), self._quotient(v, 2 * step)
         best = vectors.add(vectors.scale(fine, 4 / 3), coarse, -1 / 3)
         scale = float(self._space.norms(best))
-        if scale > 0:
-            self.error = max(self.error, float(self._space.norms(vectors.add(best, fine, -1.0))) / scale)
-        return best
+        return best, float(self._space.norms(vectors.add(best, fine, -1.0))) / scale if scale > 0 else 0.0
 
-    def _step(self) -> float:
+    def _step(self, eps: float) -> float:
         """Balances the rounding of gradients (eps / h) against the cubic term (h^2)."""
-        eps = max(torch.finfo(p.dtype).eps for p in self._values.values())
         theta = sum(float(p.double().square().sum()) for p in self._values.values()) ** 0.5
         size = sum(p.numel() for p in self._values.values()) ** 0.5
         return float((3 * eps) ** (1 / 3) * (1.0 + theta / size))

@@ -1,0 +1,10 @@
+"""Algorithms: what is computed from an operator. They see products, the space and nothing of the model."""
+
+from hesscope.algorithms.block import block
+from hesscope.algorithms.density import density
+from hesscope.algorithms.diagonal import diagonal
+from hesscope.algorithms.eigs import eigs
+from hesscope.algorithms.lanczos import lanczos
+from hesscope.algorithms.trace import trace
+
+__all__ = ["block", "density", "diagonal", "eigs", "lanczos", "trace"]

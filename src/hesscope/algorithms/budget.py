@@ -1,0 +1,31 @@
+"""How many vectors at once, and when an estimate is good enough."""
+
+from __future__ import annotations
+
+from hesscope.errors import HesscopeError
+from hesscope.operators import Operator
+
+#: Sequential stopping before so many probes would trust a standard error that is itself noise.
+FEWEST_PROBES = 30
+_CHUNK_BYTES = 256 * 2**20
+_LARGEST_CHUNK = 16
+
+
+def chunk_size(H: Operator) -> int:
+    """Vectors handed to one `matmat`: enough to share its fixed cost, few enough to stay small in memory."""
+    return max(1, min(_LARGEST_CHUNK, _CHUNK_BYTES // (H.space.size * H.dtype.itemsize)))
+
+
+def check_budget(budget: int | None, target_error: float | None) -> None:
+    """Raise HesscopeError for a budget or a target that nothing can meet."""
+    if budget is not None and budget < 1:
+        raise HesscopeError(f"Expected budget to be at least 1 product, got {budget}.")
+    if target_error is not None and not 0 < target_error < 1:
+        raise HesscopeError(f"Expected target_error to be relative, between 0 and 1, got {target_error}.")
+
+
+def probes_allowed(budget: int | None, target_error: float | None, default: int) -> int:
+    """The budget; without one the default, or a hundred times that where the target error decides."""
+    if budget is not None:
+        return budget
+    return default if target_error is None else 100 * default

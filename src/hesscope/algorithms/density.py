@@ -1,0 +1,112 @@
+"""The spectral density by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.krylov import Krylov
+from hesscope.errors import HesscopeError
+from hesscope.operators import Operator
+from hesscope.results import Density
+from hesscope.space import vectors
+from hesscope.space.random import resolve_seed
+
+_MOMENTS = 4
+_GRID = 1024
+
+
+def density(
+    H: Operator,
+    probes: int = 10,
+    steps: int = 60,
+    bandwidth: float | None = None,
+    seed: int | None = 0,
+) -> Density:
+    """The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
+
+    For a random sign vector z of norm sqrt(n), m Lanczos steps from z give nodes t_j and weights w_j with
+    (1/n) z^T f(A) z ~ sum_j w_j f(t_j), exact for polynomials up to degree 2m - 1; its mean over probes is
+    (1/n) tr f(A) (Lin, Saad and Yang, 2016; Ubaru, Chen and Saad, 2017).
+
+    Args:
+        probes: independent start vectors; every error bar comes from the spread over them.
+        steps: Lanczos steps a probe, at most n.
+        bandwidth: standard deviation of the Gaussian that smooths the picture, in units of the eigenvalues; a hundredth
+            of the range of nodes by default.
+        seed: of the start vectors; None draws one and records it.
+
+    Raises:
+        HesscopeError: fewer than two probes, or steps below one.
+    """
+    if probes < 2:
+        raise HesscopeError(f"Expected at least 2 probes, for the error comes from their spread, got {probes}.")
+    if steps < 1:
+        raise HesscopeError(f"Expected at least 1 step, got {steps}.")
+    if bandwidth is not None and not bandwidth > 0:
+        raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
+    seed = resolve_seed(seed)
+    run = _Quadrature(H, probes, min(steps, H.space.size), seed)
+    spent = drive(H, run, {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed})
+    nodes, weights = run.nodes, run.weights
+    width = bandwidth or _default_bandwidth(nodes[weights > 0])
+    grid = _grid(nodes[weights > 0], width)
+    curves = torch.stack([smooth(nodes[p], weights[p], grid, width) for p in range(probes)])
+    powers = torch.stack([(weights * nodes**p).sum(1) for p in range(1, _MOMENTS + 1)], 1)
+    return Density(**spent, nodes=nodes, weights=weights, grid=grid, density=curves.mean(0),
+                   density_standard_error=curves.std(0) / math.sqrt(probes), moments=powers.mean(0),
+                   moments_standard_error=powers.std(0) / math.sqrt(probes), bandwidth=width,
+                   size=H.space.size, seed=seed)  # fmt: skip
+
+
+def smooth(nodes: Tensor, weights: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+    """sum_j w_j N(x; t_j, bandwidth^2) on the grid."""
+    z = (grid[:, None] - nodes[None, :]) / bandwidth
+    return (weights * torch.exp(-0.5 * z * z)).sum(1) / (bandwidth * math.sqrt(2 * math.pi))
+
+
+def _default_bandwidth(nodes: Tensor) -> float:
+    spread = float(nodes.max() - nodes.min())
+    return spread / 100 if spread > 0 else max(abs(float(nodes.max())), 1.0) / 100
+
+
+def _grid(nodes: Tensor, width: float) -> Tensor:
+    return torch.linspace(float(nodes.min()) - 5 * width, float(nodes.max()) + 5 * width, _GRID, dtype=torch.float64)
+
+
+class _Quadrature(Iteration):
+    """One probe after another, each `steps` Lanczos steps or fewer where its Krylov space ends."""
+
+    description = "density"
+
+    def __init__(self, H: Operator, probes: int, steps: int, seed: int) -> None:
+        self._H, self._probes, self._steps, self._seed = H, probes, steps, seed
+        self.expected = probes * steps
+        self.nodes = torch.zeros(probes, steps, dtype=torch.float64)
+        self.weights = torch.zeros(probes, steps, dtype=torch.float64)
+        self._probe = 0
+        self._krylov = self._begin()
+
+    @property
+    def done(self) -> bool:
+        return self._probe == self._probes
+
+    def step(self) -> None:
+        self._krylov.step()
+        if self._krylov.ended or self._krylov.m == self._steps:
+            values, S = self._krylov.ritz()
+            self.nodes[self._probe, : len(values)] = values
+            self.weights[self._probe, : len(values)] = S[0] ** 2
+            self._probe += 1
+            if not self.done:
+                self._krylov = self._begin()
+
+    def note(self) -> str:
+        return f"probe {min(self._probe + 1, self._probes)} of {self._probes}"
+
+    def _begin(self) -> Krylov:
+        start = vectors.scale(self._H.space.rademacher(self._seed, [f"density/{self._probe}"]), self._H.space.size**-0.5)
+        return Krylov(self._H, start, self._seed, restart=False)

@@ -1,0 +1,129 @@
+"""The diagonal of an operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscope.algorithms.budget import FEWEST_PROBES, check_budget, chunk_size, probes_allowed
+from hesscope.algorithms.driver import Iteration, drive
+from hesscope.errors import HesscopeError
+from hesscope.operators import Operator
+from hesscope.results import Diagonal
+from hesscope.results.statistics import RunningMean
+from hesscope.space import vectors
+from hesscope.space.random import resolve_seed
+
+_METHODS = ("auto", "exact", "hutchinson")
+_DEFAULT_PROBES = 100
+
+
+def diagonal(
+    H: Operator,
+    method: str = "auto",
+    budget: int | None = None,
+    target_error: float | None = None,
+    seed: int | None = 0,
+) -> Diagonal:
+    """The diagonal of an operator, exact or by Hutchinson's estimator with sign vectors.
+
+    For independent sign vectors z_1..z_m the mean of z_i * (A z_i), entrywise, is unbiased for the diagonal (Bekas,
+    Kokiopoulou and Saad, 2007, without their quotient, which is biased); the variance of entry i is
+    (1/m) sum_{j != i} A_ij^2, and its standard error is the samples' own, with m - 1 degrees of freedom.
+
+    Args:
+        method: "exact" (n products), "hutchinson" ("rademacher" is the same), or "auto": exact where that needs no more
+            products than the budget.
+        budget: operator products at most; 100 by default.
+        target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
+        seed: of the sign vectors; None draws one and records it.
+
+    Raises:
+        HesscopeError: an unknown method, or a budget or target out of range.
+
+    Example:
+        >>> import torch, hesscope as hs
+        >>> hs.diagonal(hs.operator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))).flat()
+        tensor([2., 3.])
+    """
+    method = "hutchinson" if method == "rademacher" else method
+    if method not in _METHODS:
+        raise HesscopeError(f"Expected method to be one of {', '.join(_METHODS)}, got {method!r}.")
+    check_budget(budget, target_error)
+    seed, probes = resolve_seed(seed), probes_allowed(budget, target_error, _DEFAULT_PROBES)
+    options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
+    n = H.space.size
+    if method == "exact" or (method == "auto" and n <= probes):
+        if budget is not None and n > budget:
+            raise HesscopeError(f"Expected a budget of at least {n} products for an exact diagonal, got {budget}.")
+        entries = _Entries(H)
+        spent = drive(H, entries, options)
+        return _exact(H, spent, entries.values, seed)
+    hutchinson = _Hutchinson(H, probes, target_error, seed)
+    spent = drive(H, hutchinson, options)
+    mean = hutchinson.mean
+    return Diagonal(**spent, method="hutchinson", values=mean.mean, standard_error=mean.standard_error(),
+                    relative_error=relative_error(mean), degrees_of_freedom=mean.count - 1, seed=seed)  # fmt: skip
+
+
+def _exact(H: Operator, spent: dict[str, object], flat: Tensor, seed: int) -> Diagonal:
+    values = {name: part[0] for name, part in H.space.unflatten(flat[:, None]).items()}
+    zeros = {name: torch.zeros_like(part) for name, part in values.items()}
+    return Diagonal(**spent, method="exact", values=values, standard_error=zeros,  # type: ignore[arg-type]
+                    relative_error=0.0, degrees_of_freedom=0, seed=seed)  # fmt: skip
+
+
+def relative_error(mean: RunningMean) -> float:
+    """An estimate of |d_hat - d| / |d|: E|d_hat|^2 = |d|^2 + E|d_hat - d|^2, and the latter is the summed variance."""
+    noise = sum(float(e.double().square().sum()) for e in mean.standard_error().values())
+    signal = sum(float(d.double().square().sum()) for d in mean.mean.values())
+    if noise == 0:
+        return 0.0
+    return (noise / (signal - noise)) ** 0.5 if signal > noise else float("inf")
+
+
+class _Hutchinson(Iteration):
+    description = "diagonal"
+
+    def __init__(self, H: Operator, probes: int, target: float | None, seed: int) -> None:
+        self._H, self._target, self._seed = H, target, seed
+        self.expected = probes
+        self.mean = RunningMean()
+
+    @property
+    def done(self) -> bool:
+        m = self.mean.count
+        if self._target is None or m < FEWEST_PROBES:
+            return m >= self.expected
+        return m >= self.expected or relative_error(self.mean) <= self._target
+
+    def step(self) -> None:
+        m = self.mean.count
+        stop = min(m + (chunk_size(self._H) if self._target is None else 1), self.expected)
+        Z = self._H.space.rademacher(self._seed, range(m, stop))
+        samples = vectors.multiply(Z, self._H.matmat(Z))
+        for k in range(stop - m):
+            self.mean.add({name: part[k] for name, part in samples.items()})
+
+    def note(self) -> str:
+        return f"relative error {relative_error(self.mean):.2g}" if self.mean.count > 1 else ""
+
+
+class _Entries(Iteration):
+    """A_ii for every i, by unit vectors."""
+
+    description = "diagonal, exact"
+
+    def __init__(self, H: Operator) -> None:
+        self._H, self.expected, self._next = H, H.space.size, 0
+        self.values = torch.empty(H.space.size, dtype=H.dtype, device=H.space.device)
+
+    @property
+    def done(self) -> bool:
+        return self._next == self.expected
+
+    def step(self) -> None:
+        start, space = self._next, self._H.space
+        self._next = min(start + chunk_size(self._H), self.expected)
+        columns_nK = space.flatten(self._H.matmat(space.basis(start, self._next)))
+        self.values[start : self._next] = columns_nK[start : self._next].diagonal()

@@ -1,0 +1,70 @@
+"""The raw Lanczos run, for those who want T itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.krylov import Krylov
+from hesscope.errors import HesscopeError
+from hesscope.operators import Operator
+from hesscope.results import LanczosRun
+from hesscope.space import Vectors
+from hesscope.space.random import resolve_seed
+
+
+def lanczos(
+    H: Operator,
+    steps: int,
+    start: Tensor | dict[str, Tensor] | None = None,
+    reorthogonalize: bool = True,
+    keep_basis: bool = False,
+    seed: int | None = 0,
+) -> LanczosRun:
+    """Run the Lanczos process: A Q = Q T + residual, with T tridiagonal and Q orthonormal.
+
+    Args:
+        steps: products to spend; the run ends earlier where the Krylov space does.
+        start: the first direction, a flat tensor [n] or {name: tensor}; a random Gaussian one by default.
+        reorthogonalize: only True for now: the basis is kept and every step orthogonalised against all of it.
+        keep_basis: return the basis with the result.
+
+    Raises:
+        HesscopeError: steps outside 1..n, or a start vector that is zero.
+    """
+    n = H.space.size
+    if not 1 <= steps <= n:
+        raise HesscopeError(f"Expected steps between 1 and {n}, the number of coordinates, got {steps}.")
+    if not reorthogonalize:
+        raise HesscopeError("Expected reorthogonalize=True; the three-term form without a basis is not available yet.")
+    seed = resolve_seed(seed)
+    first = _start(H, start, seed)
+    run = LanczosIteration(H, Krylov(H, first, seed, restart=False), steps, "lanczos")
+    spent = drive(H, run, {"steps": steps, "seed": seed, "keep_basis": keep_basis})
+    values, S = run.krylov.ritz()
+    basis = dict(run.krylov.basis) if keep_basis else {}
+    return LanczosRun(**spent, T=run.krylov.T, nodes=values, weights=S[0] ** 2,
+                      residual_norm=run.krylov.residual_norm, basis_vectors=basis, seed=seed)  # fmt: skip
+
+
+class LanczosIteration(Iteration):
+    """A fixed number of Lanczos steps."""
+
+    def __init__(self, H: Operator, krylov: Krylov, steps: int, description: str) -> None:
+        self.krylov, self.expected, self.description = krylov, steps, description
+
+    @property
+    def done(self) -> bool:
+        return self.krylov.ended or self.krylov.m >= self.expected
+
+    def step(self) -> None:
+        self.krylov.step()
+
+
+def _start(H: Operator, start: Tensor | dict[str, Tensor] | None, seed: int) -> Vectors:
+    if start is None:
+        return H.space.gaussian(seed, ["start"])
+    v = H.space.from_dict(start) if isinstance(start, dict) else H.space.unflatten(start.reshape(-1, 1))
+    if float(H.space.norms(v)) == 0.0:
+        raise HesscopeError("Expected a start vector other than zero.")
+    return v

@@ -1,0 +1,13 @@
+"""Results: frozen values with their error, their cost and their provenance."""
+
+from hesscope.results.base import Result
+from hesscope.results.block import Block
+from hesscope.results.density import Density
+from hesscope.results.diagonal import Diagonal
+from hesscope.results.eigs import Eigenpairs
+from hesscope.results.lanczos import LanczosRun
+from hesscope.results.loading import load
+from hesscope.results.trace import Trace
+from hesscope.results.verification import Verification
+
+__all__ = ["Block", "Density", "Diagonal", "Eigenpairs", "LanczosRun", "Result", "Trace", "Verification", "load"]

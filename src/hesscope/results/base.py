@@ -1,0 +1,156 @@
+"""What every result has: cost, provenance, a folder it can be saved to, and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from hesscope.errors import HesscopeError
+
+TENSORS, MANIFEST = "result.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Result(ABC):
+    """A frozen value. `products` operator products and `units` forward passes over the data were spent on it.
+
+    Fields that are tensors, or dictionaries of tensors, go to `result.safetensors`; the others to `manifest.json`.
+    """
+
+    kind: ClassVar[str]
+
+    products: int
+    units: float
+    seconds: float
+    provenance: dict[str, Any]
+
+    @abstractmethod
+    def summary(self) -> str:
+        """A few lines for a person: value, error, cost."""
+
+    @abstractmethod
+    def error(self) -> dict[str, Any]:
+        """What is known of the error, for the manifest."""
+
+    @abstractmethod
+    def plot(self, path: str | Path) -> Path:
+        """Draw the result to a file whose ending (.png, .pdf, .svg) decides the format."""
+
+    def cost_line(self) -> str:
+        """The cost in words."""
+        passes = f" = {self.units:.0f} forward passes" if self.units else ""
+        return f"{self.products} products{passes} in {self.seconds:.1f} s"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the result, dictionaries flattened to `field/name`."""
+        found: dict[str, Tensor] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                found[field.name] = value
+            elif _is_tensor_dict(value):
+                found |= {f"{field.name}/{name}": tensor for name, tensor in value.items()}
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Every field that is not a tensor."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {k: v for k, v in values.items() if not isinstance(v, Tensor) and not _is_tensor_dict(v)}
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything about the result except its tensors."""
+        return {"kind": self.kind, "error": self.error(), **self.facts()}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False, also_pt: bool = False) -> Path:
+        """Write `result.safetensors` and `manifest.json` (and `result.pt`) to a folder, all or nothing.
+
+        Raises HesscopeError where the folder already holds a result and `overwrite` is not set.
+        """
+        folder = Path(folder)
+        require_free(folder, overwrite)
+        with staged(folder) as stage:
+            self._write(stage, also_pt)
+        return folder
+
+    def _write(self, stage: Path, also_pt: bool) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
+        save_file(tensors, stage / TENSORS)
+        (stage / MANIFEST).write_text(json.dumps(jsonable(self.manifest()), indent=2) + "\n", encoding="utf-8")
+        if also_pt:
+            torch.save(next(iter(tensors.values())) if len(tensors) == 1 else tensors, stage / "result.pt")
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Self:
+        """Rebuild a result from what `save` wrote."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name in tensors:
+                values[field.name] = tensors[field.name]
+            elif field.name in manifest:
+                values[field.name] = manifest[field.name]
+            else:
+                prefix = field.name + "/"
+                values[field.name] = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        return cls(**values)
+
+
+def jsonable(value: Any) -> Any:
+    """The value in terms of JSON; infinities and NaN, which JSON lacks, become text."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not (value == value and abs(value) != float("inf")):
+        return str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise HesscopeError where a folder already holds a result, or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise HesscopeError(f"Expected {folder.name!r} to be a folder to write to; it is a file.")
+    if not overwrite and (folder / MANIFEST).exists():
+        raise HesscopeError(
+            f"The folder {str(folder)!r} already holds a run; choose another output folder or pass overwrite."
+        )
+
+
+class staged:
+    """A temporary folder beside `folder` whose files move there together when the block ends without an exception."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Path:
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        self._stage = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+        return self._stage
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._folder.mkdir(exist_ok=True)
+                # The manifest is what makes a folder a result, so it moves last.
+                for path in sorted(self._stage.iterdir(), key=lambda p: p.name == MANIFEST):
+                    target = self._folder / path.name
+                    if path.is_dir() and target.exists():
+                        shutil.rmtree(target)
+                    os.replace(path, target)
+        finally:
+            shutil.rmtree(self._stage, ignore_errors=True)
+
+
+def _is_tensor_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())

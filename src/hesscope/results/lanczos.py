@@ -1,0 +1,51 @@
+"""A raw Lanczos run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscope.results.base import Result
+
+
+@dataclass(frozen=True, eq=False)
+class LanczosRun(Result):
+    """The tridiagonal T [m, m] (float64) with m steps, or fewer where the Krylov space ended.
+
+    `nodes` are T's eigenvalues and `weights` the squared first components of its eigenvectors: Gauss quadrature for the
+    start vector's spectral measure. `basis_vectors` is empty unless the basis was asked for.
+    """
+
+    kind = "lanczos"
+
+    T: Tensor
+    nodes: Tensor
+    weights: Tensor
+    residual_norm: float
+    basis_vectors: dict[str, Tensor]
+    seed: int
+
+    @property
+    def basis(self) -> Tensor | None:
+        """The orthonormal basis [n, m], or None where it was not kept."""
+        if not self.basis_vectors:
+            return None
+        return torch.cat([v.flatten(1) for v in self.basis_vectors.values()], 1).T
+
+    def error(self) -> dict[str, Any]:
+        return {"residual_norm": self.residual_norm}
+
+    def summary(self) -> str:
+        return (
+            f"Lanczos, {self.T.shape[0]} steps: nodes from {float(self.nodes.min()):.6g} to {float(self.nodes.max()):.6g}; "
+            f"{self.cost_line()}"
+        )
+
+    def plot(self, path: str | Path) -> Path:
+        from hesscope.figures.spectrum import draw_lanczos
+
+        return draw_lanczos(self, Path(path))

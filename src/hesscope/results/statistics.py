@@ -1,0 +1,43 @@
+"""Errors of means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """The two-sided quantile of Student's t: P(|T| <= q) = level."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.5 + level / 2, degrees)) if degrees > 0 else float("inf")
+
+
+@dataclass
+class RunningMean:
+    """Mean and standard error of samples that arrive one at a time, by Welford's update; tensors or dictionaries."""
+
+    count: int = 0
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, sample: dict[str, Tensor]) -> None:
+        """Take in one sample."""
+        self.count += 1
+        for name, x in sample.items():
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if name not in self.mean:
+                self.mean[name], self.squares[name] = torch.zeros_like(x), torch.zeros_like(x)
+            before = x - self.mean[name]
+            self.mean[name] += before / self.count
+            self.squares[name] += before * (x - self.mean[name])
+
+    def standard_error(self) -> dict[str, Tensor]:
+        """sqrt(sample variance / count); infinite for a single sample."""
+        scale: Any = self.count * (self.count - 1)
+        if scale == 0:
+            return {name: torch.full_like(s, float("inf")) for name, s in self.squares.items()}
+        return {name: (s / scale).sqrt() for name, s in self.squares.items()}
