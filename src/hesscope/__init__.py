@@ -26,16 +26,17 @@ _HOMES = {
     "select": "hesscope.problem",
     "supervised": "hesscope.problem",
     "trace": "hesscope.algorithms",
-    "verify": "hesscope.algorithms",
+    "verify": "hesscope.verification",
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, trace, verify
+    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, trace
     from hesscope.errors import HesscopeError, HesscopeWarning
     from hesscope.operators import Operator, hessian, operator
     from hesscope.problem import Problem, causal_lm, select, supervised
     from hesscope.results import load
     from hesscope.space import Space
+    from hesscope.verification import verify
 
 __all__ = [
     "HesscopeError",

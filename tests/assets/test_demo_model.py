@@ -15,7 +15,13 @@ from hesscope.assets.train import POSITIONS, byte_ids, mean_loss
 
 UNIFORM_LOSS = math.log(256)
 
-TEXTS = ["plain", "  two  spaces , don 't \r\n\tend ", "Zürich — 日本語 🙂", "\x00\x7f\xad\xff", "".join(map(chr, range(256)))]
+TEXTS = [
+    "plain",
+    "  two  spaces , don 't \r\n\tend ",
+    "Zürich — 日本語 🙂",
+    "\x00\x7f\xad\xff",
+    "".join(map(chr, range(256))),
+]
 
 
 @pytest.fixture(scope="module")

@@ -108,5 +108,7 @@ class _Quadrature(Iteration):
         return f"probe {min(self._probe + 1, self._probes)} of {self._probes}"
 
     def _begin(self) -> Krylov:
-        start = vectors.scale(self._H.space.rademacher(self._seed, [f"density/{self._probe}"]), self._H.space.size**-0.5)
+        start = vectors.scale(
+            self._H.space.rademacher(self._seed, [f"density/{self._probe}"]), self._H.space.size**-0.5
+        )
         return Krylov(self._H, start, self._seed, restart=False)

@@ -25,4 +25,4 @@ def _vocabulary() -> dict[str, int]:
 
 def _visible(byte: int) -> bool:
     soft_hyphen = 0xAD
-    return 0x21 <= byte <= 0x7E or (0xA1 <= byte and byte != soft_hyphen)
+    return 0x21 <= byte <= 0x7E or (byte >= 0xA1 and byte != soft_hyphen)

@@ -91,7 +91,7 @@ def rate_share(step: int, steps: int) -> float:
 def mean_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
     """Return the mean loss in nats per predicted byte over `ids`, cut in consecutive windows of `POSITIONS` bytes."""
     # A last window of one byte predicts nothing.
-    windows = [window for window in ids.split(POSITIONS) if len(window) > 1]
+    windows = [window for window in torch.split(ids, POSITIONS) if len(window) > 1]
     total = sum(_total_loss(model, window[None]).item() for window in windows)
     return total / sum(len(window) - 1 for window in windows)
 

@@ -24,7 +24,9 @@ def _pad(group: list[Tensor]) -> dict[str, Tensor]:
     longest = max(len(ids) for ids in group)
     input_ids = torch.stack([F.pad(ids, (0, longest - len(ids))) for ids in group])
     mask = torch.stack([F.pad(torch.ones_like(ids), (0, longest - len(ids))) for ids in group])
-    return with_labels({"input_ids": input_ids} if bool(mask.all()) else {"input_ids": input_ids, "attention_mask": mask})
+    return with_labels(
+        {"input_ids": input_ids} if bool(mask.all()) else {"input_ids": input_ids, "attention_mask": mask}
+    )
 
 
 def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def _check(b: int, batch: dict[str, Any], vocabulary: int | None, context: int |
     batch = {key: torch.as_tensor(v) if isinstance(v, list) else v for key, v in batch.items() if v is not None}
     ids = batch["input_ids"]
     if ids.dim() != 2 or ids.is_floating_point():
-        raise HesscopeError(f"Expected input_ids of batch {b} to be whole numbers [sequences, length], got {list(ids.shape)}.")
+        raise HesscopeError(
+            f"Expected input_ids of batch {b} to be whole numbers [sequences, length], got {list(ids.shape)}."
+        )
     for key in ("labels", "attention_mask"):
         if key in batch and (key == "labels" or batch[key].dim() == 2) and batch[key].shape != ids.shape:
             raise HesscopeError(

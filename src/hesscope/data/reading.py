@@ -24,9 +24,7 @@ class Source:
     name: str
 
 
-def read(
-    data: Any, *, split: str | None = None, data_config: str | None = None, text_column: str = "text"
-) -> Source:
+def read(data: Any, *, split: str | None = None, data_config: str | None = None, text_column: str = "text") -> Source:
     """Read any form of data that `hesscope.causal_lm` accepts.
 
     Raises HesscopeError for a file that is missing, a column that is not there, or a form that is none of them.

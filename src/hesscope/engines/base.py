@@ -46,7 +46,6 @@ class Engine(ABC):
         """Prepare batch b."""
 
 
-
 def parameter_values(problem: Problem, space: Space) -> dict[str, Tensor]:
     """The selected parameters' values, sharing storage with the model and detached from any graph."""
     parameters = named_parameters(problem.model)

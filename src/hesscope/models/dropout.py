@@ -37,4 +37,6 @@ def _configured_dropout(module: nn.Module) -> float:
 
 def _names_a_rate(key: str) -> bool:
     """Rates of heads that a language model does not have are left out."""
-    return any(word in key for word in ("dropout", "pdrop", "layerdrop")) and not key.startswith(("classifier", "summary"))
+    return any(word in key for word in ("dropout", "pdrop", "layerdrop")) and not key.startswith(
+        ("classifier", "summary")
+    )

@@ -14,7 +14,9 @@ class Sum(Operator):
 
     def __init__(self, first: Operator, second: Operator) -> None:
         if first.space is not second.space and first.space.labels != second.space.labels:
-            raise HesscopeError("Expected two operators on the same selection; select once and use that space for both.")
+            raise HesscopeError(
+                "Expected two operators on the same selection; select once and use that space for both."
+            )
         super().__init__(first.space, first.positive_semidefinite and second.positive_semidefinite)
         self._first, self._second = first, second
 

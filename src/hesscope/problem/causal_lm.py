@@ -68,7 +68,9 @@ def causal_lm(
     hub = {key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None}
     dtype = resolve_dtype(dtype)
     name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
-    loaded = place_model(model, dtype, device) if isinstance(model, nn.Module) else load_model(model, dtype, device, **hub)
+    loaded = (
+        place_model(model, dtype, device) if isinstance(model, nn.Module) else load_model(model, dtype, device, **hub)
+    )
     context = context_length(loaded)
     require_context(length or 0, context, "each sequence")
     if length is not None and length < 2:
@@ -123,7 +125,8 @@ def _tokenizer(tokenizer: Any, model_name: str | None, hub: dict[str, Any]) -> A
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    get: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = get() if get is not None else None
     return getattr(embeddings, "num_embeddings", None)
 
 

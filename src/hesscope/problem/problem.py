@@ -68,6 +68,7 @@ class Problem:
         self.seed = seed
         self.source = dict(source or {})
         self._wrapped = _LossModule(model, self.loss)
+        self._hashed: tuple[object, str] | None = None
 
     def __repr__(self) -> str:
         return f"Problem({type(self.model).__name__}, {type(self.loss).__name__}, {len(self.batches)} batches)"
@@ -128,13 +129,9 @@ class Problem:
 
     # ---- identity
 
-    @property
+    @cached_property
     def data_fingerprint(self) -> str:
         """SHA-256 of the frozen batches, in their order."""
-        return self._data_fingerprint
-
-    @cached_property
-    def _data_fingerprint(self) -> str:
         return content_hash(self.batches)
 
     @property
@@ -147,7 +144,7 @@ class Problem:
     def _model_fingerprint(self) -> str:
         """Hash the weights anew only when they changed."""
         key = parameters.state_key(self.model)
-        if getattr(self, "_hashed", None) is None or self._hashed[0] != key:
+        if self._hashed is None or self._hashed[0] != key:
             self._hashed = (key, parameters.fingerprint(self.model))
         return self._hashed[1]
 

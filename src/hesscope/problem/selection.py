@@ -118,14 +118,16 @@ def _add(chosen: dict[str, Index | None], name: str, index: Index | None) -> Non
 
 def _coordinates(name: str, parameter: nn.Parameter, index: Index | None) -> Coordinates:
     if not parameter.is_floating_point():
-        raise HesscopeError(f"Expected floating-point parameters, but {name} is {parameter.dtype}; load it unquantised.")
+        raise HesscopeError(
+            f"Expected floating-point parameters, but {name} is {parameter.dtype}; load it unquantised."
+        )
     shape = tuple(parameter.shape)
     if index is None:
         return Coordinates(name, shape, parameter.dtype, parameter.device)
     picked = _flat_indices(name, shape, index)
     if picked.numel() == 0:
         raise HesscopeError(f"Expected the index of {name} to select something; it selects nothing of {list(shape)}.")
-    if picked.unique().numel() < picked.numel():
+    if len(set(picked.reshape(-1).tolist())) < picked.numel():
         raise HesscopeError(f"Expected distinct indices into {name}; some are given twice.")
     return Coordinates(name, shape, parameter.dtype, parameter.device, picked.reshape(-1), tuple(picked.shape))
 
@@ -146,7 +148,9 @@ def _flat_indices(name: str, shape: tuple[int, ...], index: Index) -> Tensor:
     try:
         return torch.arange(size).reshape(shape)[index]
     except (IndexError, TypeError) as error:
-        raise HesscopeError(f"Expected an index that fits {name} of shape {list(shape)}, got {index}: {error}.") from error
+        raise HesscopeError(
+            f"Expected an index that fits {name} of shape {list(shape)}, got {index}: {error}."
+        ) from error
 
 
 def _no_match(pattern: str, first_name: dict[str, str]) -> str:

@@ -11,7 +11,10 @@ from hesscope.errors import HesscopeError
 from hesscope.losses import CrossEntropyLoss, Loss, SquaredErrorLoss
 from hesscope.problem.problem import Problem
 
-_LOSSES = {"cross_entropy": CrossEntropyLoss, "mse": SquaredErrorLoss}
+_LOSSES: dict[str, type[CrossEntropyLoss] | type[SquaredErrorLoss]] = {
+    "cross_entropy": CrossEntropyLoss,
+    "mse": SquaredErrorLoss,
+}
 
 
 def supervised(
@@ -44,5 +47,5 @@ def supervised(
     if isinstance(loss, str):
         if loss not in _LOSSES:
             raise HesscopeError(f"Expected loss to be one of {', '.join(_LOSSES)}, or an object, got {loss!r}.")
-        loss = _LOSSES[loss]()
+        return supervised(model, batches, _LOSSES[loss](), objective=objective, dropout=dropout, seed=seed)
     return Problem(model, loss, batches, objective=objective, dropout=dropout, seed=seed)

@@ -79,10 +79,11 @@ class Result(ABC):
         folder = Path(folder)
         require_free(folder, overwrite)
         with staged(folder) as stage:
-            self._write(stage, also_pt)
+            self.write(stage, also_pt)
         return folder
 
-    def _write(self, stage: Path, also_pt: bool) -> None:
+    def write(self, stage: Path, also_pt: bool = False) -> None:
+        """Write the files of `save` into a folder that exists, one after the other."""
         from safetensors.torch import save_file
 
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}

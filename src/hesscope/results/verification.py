@@ -36,7 +36,9 @@ class Verification(Result):
 
     def summary(self) -> str:
         rows = zip(self.names, self.outcomes(), self.measured.tolist(), self.limits.tolist(), strict=True)
-        lines = [f"  {'passed' if ok else 'FAILED'}  {name}: {m:.1e} (limit {limit:.0e})" for name, ok, m, limit in rows]
+        lines = [
+            f"  {'passed' if ok else 'FAILED'}  {name}: {m:.1e} (limit {limit:.0e})" for name, ok, m, limit in rows
+        ]
         return "\n".join([f"verification: {'all passed' if self.passed else 'FAILED'}, {self.cost_line()}", *lines])
 
     def plot(self, path: str | Path) -> Path:

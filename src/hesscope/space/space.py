@@ -135,9 +135,7 @@ class Space:
         """One vector of independent standard normal numbers a stream."""
         return self._draw(random.normals, seed, streams)
 
-    def _draw(
-        self, draw: Callable[[int, Tensor], Tensor], seed: int, streams: Sequence[int | str]
-    ) -> Vectors:
+    def _draw(self, draw: Callable[[int, Tensor], Tensor], seed: int, streams: Sequence[int | str]) -> Vectors:
         def part(c: Coordinates) -> Tensor:
             indices = c.flat_indices().to(c.device)
             rows = [draw(random.stream_key(seed, s, c.name), indices).to(self.dtype) for s in streams]

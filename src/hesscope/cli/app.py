@@ -1,0 +1,149 @@
+"""The verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesscope.cli.options import CommonOptions, with_common_options
+from hesscope.cli.running import finish, make_operator, make_problem, make_space, output_folder
+
+app = typer.Typer(
+    name="hesscope",
+    help="The curvature of a language model's loss: exact Hessian blocks, diagonals, eigenpairs, traces, densities.\n\n"
+    "Start with [bold]hesscope demo[/bold]. Every other verb takes a model, some text and some of the model's "
+    "parameters, and writes a folder with result.safetensors, manifest.json and a figure.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Method = Annotated[str, typer.Option(help="auto, exact or hutchinson. auto is exact where that costs no more.")]
+_Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]
+_Target = Annotated[
+    float | None, typer.Option(help="Stop at this relative error, such as 0.1; never before 30 probes.")
+]
+
+
+@app.command()
+@with_common_options
+def block(common: CommonOptions) -> None:
+    """The exact matrix of the operator over the selected weights: n products for n weights.
+
+    Example: hesscope block --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 256
+    --sequences 8 --params 'transformer.h.0.attn.c_proj.weight[0]'
+    """
+    import hesscope as hs
+
+    folder = output_folder(common, "block")
+    finish(hs.block(make_operator(common)), common, folder)
+
+
+@app.command()
+@with_common_options
+def diagonal(
+    common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
+) -> None:
+    """The diagonal: exact, or estimated with a standard error for every entry."""
+    import hesscope as hs
+
+    folder = output_folder(common, "diagonal")
+    own = {"method": method, "budget": budget, "target_error": target_error}
+    finish(hs.diagonal(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+
+
+@app.command()
+@with_common_options
+def eigs(
+    common: CommonOptions,
+    k: Annotated[int, typer.Option("-k", "--k", help="How many eigenpairs.")] = 6,
+    which: Annotated[str, typer.Option(help="LM largest magnitude, LA largest, SA smallest, BE both ends.")] = "LM",
+    tol: Annotated[float, typer.Option(help="|Av - lambda v| at most tol |lambda|, measured.")] = 1e-3,
+    max_products: Annotated[int | None, typer.Option(help="Operator products at most; about 300 by default.")] = None,
+) -> None:
+    """The leading eigenvalues and eigenvectors by Lanczos, with measured residuals.
+
+    Example: hesscope eigs --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 1024
+    --sequences 64 --params 'transformer.h.*.attn.*' -k 10 --output-dir runs/gpt2-attn
+    """
+    import hesscope as hs
+
+    folder = output_folder(common, "eigs")
+    own = {"k": k, "which": which, "tol": tol, "max_products": max_products}
+    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed), common, folder, **own)
+
+
+@app.command()
+@with_common_options
+def trace(
+    common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
+) -> None:
+    """The trace, exact or by Hutchinson's estimator with its standard error."""
+    import hesscope as hs
+
+    folder = output_folder(common, "trace")
+    own = {"method": method, "budget": budget, "target_error": target_error}
+    finish(hs.trace(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+
+
+@app.command()
+@with_common_options
+def density(
+    common: CommonOptions,
+    probes: Annotated[int, typer.Option(help="Random start vectors; the error bars come from their spread.")] = 10,
+    steps: Annotated[int, typer.Option(help="Lanczos steps a probe: more resolve the spectrum finer.")] = 60,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Width of the smoothing, in units of the eigenvalues.")
+    ] = None,
+) -> None:
+    """The spectral density by stochastic Lanczos quadrature: probes x steps products."""
+    import hesscope as hs
+
+    folder = output_folder(common, "density")
+    own = {"probes": probes, "steps": steps, "bandwidth": bandwidth}
+    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed), common, folder, **own)
+
+
+@app.command()
+@with_common_options
+def verify(common: CommonOptions) -> None:
+    """Check the Hessian on your own problem: symmetry, repeatability, token weighting, a finite difference.
+
+    Exits with status 1 if a check fails.
+    """
+    import hesscope as hs
+
+    folder = output_folder(common, "verify")
+    problem = make_problem(common)
+    result = hs.verify(problem, make_space(common, problem), common.engine, common.seed)
+    finish(result, common, folder)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of an earlier run.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw its figure again, to a .png, .pdf or .svg file.")] = None,
+) -> None:
+    """Print what an earlier run found, what it cost and what it was run on."""
+    from hesscope.cli.showing import show_folder
+
+    show_folder(folder, plot)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder to write; a demonstration in it is replaced.")] = Path(
+        "hesscope-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of every random vector.")] = 0,
+) -> None:
+    """Look at the curvature of the small language model that comes with hesscope: no network, under a minute."""
+    from hesscope.cli.demo import run_demo
+
+    run_demo(output_dir, seed)

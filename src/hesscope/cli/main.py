@@ -1,0 +1,71 @@
+"""Entry point: every failure is one sentence and an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from hesscope.errors import HesscopeError, HesscopeWarning
+
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed (or a verification that did not pass), 2 bad input."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status of one command."""
+    from hesscope.cli.app import app
+
+    _quieten()
+    try:
+        status = app(args=arguments, prog_name="hesscope", standalone_mode=True)
+    except HesscopeError as error:
+        return _say(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _say("Interrupted; nothing was written.", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return FAILURE
+    except SystemExit as stop:
+        return _status(stop.code)
+    except Exception as error:
+        if os.environ.get("HESSCOPE_TRACEBACK"):
+            raise
+        return _say(_unexpected(error), FAILURE)
+    return _status(status)
+
+
+def _unexpected(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if "out of memory" in reason or isinstance(error, MemoryError):
+        return f"Out of memory ({reason}); lower --batch-size or --length, or select fewer parameters."
+    return f"{reason} (set HESSCOPE_TRACEBACK=1 to see where)"
+
+
+def _say(sentence: str, status: int) -> int:
+    print(f"hesscope: {sentence}", file=sys.stderr)
+    return status
+
+
+def _status(code: object) -> int:
+    return code if isinstance(code, int) else 0 if code is None else FAILURE
+
+
+def _quieten() -> None:
+    """Our own warnings in one line; other libraries' progress bars and notices off, unless asked for."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", HesscopeWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if issubclass(category, HesscopeWarning):
+        print(f"hesscope: warning: {message}", file=sys.stderr)

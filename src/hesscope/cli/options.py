@@ -1,0 +1,73 @@
+"""Options that every verb shares, declared once and joined to each verb's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from hesscope.cli.config import read_config
+
+_PROBLEM, _OUTPUT, _WHAT = "Model and data", "Output", "What is looked at"
+
+
+def _option(*names: str, panel: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Model, data, selection, operator and output of one command."""
+
+    model: Annotated[str | None, _option("--model", panel=_PROBLEM, help="Hub id or folder of a causal LM; 'demo' is the small one that comes with hesscope.")] = None  # fmt: skip
+    data: Annotated[str | None, _option("--data", panel=_PROBLEM, help="Hub dataset, or a .txt, .jsonl or .parquet file. A .txt file or a dataset is joined and cut into windows; the texts of a .jsonl or .parquet file stay separate. 'demo' is English prose that Python carries.")] = None  # fmt: skip
+    revision: Annotated[str | None, _option("--revision", panel=_PROBLEM, help="Branch, tag or commit of the model on the Hub.")] = None  # fmt: skip
+    tokenizer: Annotated[str | None, _option("--tokenizer", panel=_PROBLEM, help="Tokenizer, where it is not the model's own.")] = None  # fmt: skip
+    data_config: Annotated[str | None, _option("--data-config", panel=_PROBLEM, help="Configuration of a Hub dataset, such as wikitext-2-raw-v1.")] = None  # fmt: skip
+    split: Annotated[str | None, _option("--split", panel=_PROBLEM, help="Split of a dataset, such as test.")] = None  # fmt: skip
+    text_column: Annotated[str, _option("--text-column", panel=_PROBLEM, help="Column that holds the text.")] = "text"  # fmt: skip
+    length: Annotated[int | None, _option("--length", panel=_PROBLEM, help="Tokens a sequence; the model's context, at most 2048, by default.")] = None  # fmt: skip
+    sequences: Annotated[int | None, _option("--sequences", panel=_PROBLEM, help="Use the first so many sequences; all by default.")] = None  # fmt: skip
+    batch_size: Annotated[int, _option("--batch-size", panel=_PROBLEM, help="Sequences run at once: memory and speed, not the result.")] = 1  # fmt: skip
+    pack: Annotated[bool, _option("--pack", panel=_PROBLEM, help="Join separate texts and cut them into windows.")] = False  # fmt: skip
+    dtype: Annotated[str | None, _option("--dtype", panel=_PROBLEM, help="float64, float32 (default), bfloat16 or float16.")] = None  # fmt: skip
+    device: Annotated[str | None, _option("--device", panel=_PROBLEM, help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None  # fmt: skip
+    objective: Annotated[str, _option("--objective", panel=_PROBLEM, help="nll: mean loss R in nats; perplexity: exp(R).")] = "nll"  # fmt: skip
+    dropout: Annotated[str, _option("--dropout", panel=_PROBLEM, help="off, or frozen: one seeded mask a batch.")] = "off"  # fmt: skip
+    params: Annotated[list[str] | None, _option("--params", panel=_WHAT, help="Glob over parameter names; may be repeated (a union). '!glob' takes away, 're:...' is a regular expression, 'name[0:4, :8]' a part of one parameter. Every trainable parameter by default.")] = None  # fmt: skip
+    operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian.")] = "hessian"  # fmt: skip
+    engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse or finite-difference.")] = "auto"  # fmt: skip
+    seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
+    output_dir: Annotated[Path | None, _option("--output-dir", panel=_OUTPUT, help="Folder to write; runs/VERB by default.")] = None  # fmt: skip
+    overwrite: Annotated[bool, _option("--overwrite", panel=_OUTPUT, help="Replace a run that is in that folder.")] = False  # fmt: skip
+    also_pt: Annotated[bool, _option("--also-pt", panel=_OUTPUT, help="Write result.pt for torch.load as well.")] = False  # fmt: skip
+    config: Annotated[Path | None, typer.Option("--config", is_eager=True, callback=read_config, help="YAML or JSON file of options, by their long names; flags win over it.", rich_help_panel=_OUTPUT)] = field(default=None)  # fmt: skip
+
+
+def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb `(common, **own)` the flags of both.
+
+    Typer reads a command's signature; the one it is shown here lists the common options' fields after the verb's own.
+    """
+    common = _parameters(CommonOptions.__init__, get_type_hints(CommonOptions, include_extras=True), skip="self")
+    own = _parameters(command, get_type_hints(command, include_extras=True), skip="common")
+    names = [field.name for field in dataclasses.fields(CommonOptions)]
+
+    def verb(**values: Any) -> None:
+        command(CommonOptions(**{name: values.pop(name) for name in names}), **values)
+
+    verb.__name__, verb.__doc__ = command.__name__, command.__doc__
+    parameters = [*own, *common]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    return verb
+
+
+def _parameters(function: Callable[..., Any], hints: dict[str, Any], skip: str) -> list[inspect.Parameter]:
+    found = inspect.signature(function).parameters.values()
+    return [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in found if p.name != skip]

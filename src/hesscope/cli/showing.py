@@ -1,0 +1,39 @@
+"""`hesscope show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hesscope.errors import HesscopeError
+
+
+def show_folder(folder: Path, plot: Path | None) -> None:
+    """Summary and provenance of a saved result; with `plot`, its figure once more."""
+    from hesscope.results import Result, load
+
+    result = load(folder)
+    if not isinstance(result, Result):
+        raise HesscopeError(f"Expected the folder of a run, got the tensor file {str(folder)!r}.")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(result.summary(), markup=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in _facts(result.provenance):
+        table.add_row(key, value)
+    console.print(table)
+    if plot is not None:
+        console.print(f"drawn to {result.plot(plot)}", markup=False)
+
+
+def _facts(provenance: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested provenance as dotted rows; what was not set is left out."""
+    rows: list[tuple[str, str]] = []
+    for key, value in provenance.items():
+        if isinstance(value, dict):
+            rows += _facts(value, f"{prefix}{key}.")
+        elif value is not None and value != [] and value != "":
+            rows.append((prefix + key, str(value)))
+    return rows
