@@ -12,85 +12,90 @@ from torch import Tensor, nn
 
 VOCABULARY = 37
 CONTEXT = 16
+WINDOW = 4
 
 _SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2}
+_SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _ROTARY: dict[str, Any] = {
     **_SMALL,
+    **_SPECIAL,
     "intermediate_size": 12,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a tiny model, and which of its own operations run in float32 whatever its dtype."""
+    """How to make a tiny model, and which of its own operations run in float32 whatever the dtype of its weights.
 
-    make: Callable[[], nn.Module]
+    Only casts of what depends on a weight are named: rotary angles are cast as well, but are the same in every run.
+    """
+
+    make: Callable[..., nn.Module]
     casts: str = ""
 
 
-def llama() -> nn.Module:
-    return T.LlamaForCausalLM(T.LlamaConfig(**_ROTARY, tie_word_embeddings=True))
+def llama(**more: Any) -> nn.Module:
+    return T.LlamaForCausalLM(T.LlamaConfig(**_ROTARY | {"tie_word_embeddings": True} | more))
 
 
-def gpt2() -> nn.Module:
-    sizes = {"n_positions": CONTEXT, "n_embd": 8, "n_layer": 2, "n_head": 2}
-    return T.GPT2LMHeadModel(T.GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes))
+def gpt2(**more: Any) -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    return T.GPT2LMHeadModel(T.GPT2Config(**_SPECIAL | sizes | more))
 
 
-def opt() -> nn.Module:
+def opt(**more: Any) -> nn.Module:
     sizes = {"ffn_dim": 12, "num_attention_heads": 2, "max_position_embeddings": CONTEXT, "word_embed_proj_dim": 8}
-    return T.OPTForCausalLM(T.OPTConfig(**_SMALL, **sizes, pad_token_id=1))
+    return T.OPTForCausalLM(T.OPTConfig(**_SMALL | _SPECIAL | sizes | more))
 
 
-def gpt_neox() -> nn.Module:
+def gpt_neox(**more: Any) -> nn.Module:
     sizes = {"intermediate_size": 12, "num_attention_heads": 2, "max_position_embeddings": CONTEXT}
-    return T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**_SMALL, **sizes, bos_token_id=1, eos_token_id=2))
+    return T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**_SMALL | _SPECIAL | sizes | more))
 
 
-def qwen2() -> nn.Module:
-    return T.Qwen2ForCausalLM(T.Qwen2Config(**_ROTARY))
+def qwen2(**more: Any) -> nn.Module:
+    return T.Qwen2ForCausalLM(T.Qwen2Config(**_ROTARY | more))
 
 
-def qwen3() -> nn.Module:
-    return T.Qwen3ForCausalLM(T.Qwen3Config(**_ROTARY, head_dim=4))
+def qwen3(**more: Any) -> nn.Module:
+    return T.Qwen3ForCausalLM(T.Qwen3Config(**_ROTARY | {"head_dim": 4} | more))
 
 
-def mistral() -> nn.Module:
-    return T.MistralForCausalLM(T.MistralConfig(**_ROTARY, head_dim=4, sliding_window=4))
+def mistral(**more: Any) -> nn.Module:
+    return T.MistralForCausalLM(T.MistralConfig(**_ROTARY | {"head_dim": 4, "sliding_window": WINDOW} | more))
 
 
-def gemma2() -> nn.Module:
-    return T.Gemma2ForCausalLM(T.Gemma2Config(**_ROTARY, head_dim=4, sliding_window=4))
+def gemma2(**more: Any) -> nn.Module:
+    return T.Gemma2ForCausalLM(T.Gemma2Config(**_ROTARY | {"head_dim": 4, "sliding_window": WINDOW} | more))
 
 
-def gemma3() -> nn.Module:
-    layers = ["sliding_attention", "full_attention"]
-    return T.Gemma3ForCausalLM(T.Gemma3TextConfig(**_ROTARY, head_dim=4, sliding_window=4, layer_types=layers))
+def gemma3(**more: Any) -> nn.Module:
+    sizes = {"head_dim": 4, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+    return T.Gemma3ForCausalLM(T.Gemma3TextConfig(**_ROTARY | sizes | more))
 
 
-def mixtral() -> nn.Module:
-    return T.MixtralForCausalLM(T.MixtralConfig(**_ROTARY, num_local_experts=4, num_experts_per_tok=2))
+def mixtral(**more: Any) -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    return T.MixtralForCausalLM(T.MixtralConfig(**_ROTARY | experts | more))
 
 
-def qwen3_moe() -> nn.Module:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "decoder_sparse_step": 1}
-    return T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**_ROTARY, head_dim=4, **experts))
+def qwen3_moe(**more: Any) -> nn.Module:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "head_dim": 4}
+    return T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**_ROTARY | experts | more))
 
 
-def llama4() -> nn.Module:
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 2}
-    return T.Llama4ForCausalLM(T.Llama4TextConfig(**_ROTARY, head_dim=4, attention_chunk_size=4, **experts))
+def llama4(**more: Any) -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 12}
+    sizes = {"head_dim": 4, "attention_chunk_size": WINDOW, "interleave_moe_layer_step": 2}
+    return T.Llama4ForCausalLM(T.Llama4TextConfig(**_ROTARY | experts | sizes | more))
 
 
-def bloom() -> nn.Module:
-    config = T.BloomConfig(vocab_size=VOCABULARY, hidden_size=8, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
-    return T.BloomForCausalLM(config)
+def bloom(**more: Any) -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "n_layer": 2, "n_head": 2}
+    return T.BloomForCausalLM(T.BloomConfig(**_SPECIAL | sizes | more))
 
 
 ARCHITECTURES = {
@@ -101,20 +106,20 @@ ARCHITECTURES = {
     "qwen2": Architecture(qwen2, "RMSNorm"),
     "qwen3": Architecture(qwen3, "RMSNorm, of queries and keys too"),
     "mistral": Architecture(mistral, "RMSNorm"),
-    "gemma2": Architecture(gemma2, "RMSNorm, eager softmax (soft caps keep it from SDPA)"),
+    "gemma2": Architecture(gemma2, "RMSNorm; the softmax of eager attention, which its soft caps need"),
     "gemma3": Architecture(gemma3, "RMSNorm, of queries and keys too"),
-    "mixtral": Architecture(mixtral, "RMSNorm, the router's softmax"),
-    "qwen3-moe": Architecture(qwen3_moe, "RMSNorm, the router's softmax"),
-    "llama4": Architecture(llama4, "RMSNorm, the router's sigmoid, rotary embeddings as complex64"),
-    "bloom": Architecture(bloom, "softmax of attention scores"),
+    "mixtral": Architecture(mixtral, "RMSNorm; the router's softmax"),
+    "qwen3-moe": Architecture(qwen3_moe, "RMSNorm, of queries and keys too; the router's softmax"),
+    "llama4": Architecture(llama4, "RMSNorm; rotary embeddings, as complex64"),
+    "bloom": Architecture(bloom, "the softmax of its own attention"),
 }
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Any:
     """A tiny model in evaluation mode, its weights far enough from initialisation for curvature between all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ARCHITECTURES[name].make().eval()
+        model = ARCHITECTURES[name].make(**more).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -122,15 +127,22 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Mod
 
 
 def ragged_batches() -> list[dict[str, Tensor]]:
-    """Three batches of different sizes and lengths: padded, with labels of their own, and plain."""
+    """Three batches of different sizes and lengths: padded, with labels of their own, and plain.
+
+    Padding stays shorter than the sliding windows. Behind longer padding a position sees nothing at all, and Gemma 2 in
+    float64 turns that into NaN by itself, for its mask is the least float64, cast to float32 before the softmax.
+    """
     g = torch.Generator().manual_seed(0)
-    padded = {"input_ids": torch.randint(3, VOCABULARY, (3, 7), generator=g), "attention_mask": torch.ones(3, 7).long()}
-    padded["attention_mask"][1, 4:] = 0
-    padded["attention_mask"][2, 2:] = 0
-    padded["input_ids"][padded["attention_mask"] == 0] = 1
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    mask[2, 4:] = 0
+    ids[mask == 0] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
     ids = torch.randint(3, VOCABULARY, (2, 5), generator=g)
     labels = ids.clone()
     labels[0, :3] = -100
     labels[1, 4] = -100
     labels[1, 2] = 7  # obeyed, though it is not the input
-    return [padded, {"input_ids": ids, "labels": labels}, {"input_ids": torch.randint(3, VOCABULARY, (1, 3), generator=g)}]
+    labelled = {"input_ids": ids, "labels": labels}
+    return [padded, labelled, {"input_ids": torch.randint(3, VOCABULARY, (1, 3), generator=g)}]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,53 +22,78 @@ Batch = dict[str, Tensor]
 def relative(value: Tensor, expected: Tensor) -> float:
     """|value - expected| / |expected| in the Frobenius norm, taken in float64."""
     value, expected = value.detach().double(), expected.detach().double()
+    assert value.shape == expected.shape
     return float((value - expected).norm() / expected.norm())
 
 
 # ---- dense derivatives of a scalar
 
 
-def gradient_and_hessian(risk: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradient [n] and Hessian [n, n] of a scalar in all entries of the parameters, one backward pass a column."""
-    picked = [(i, flat) for i, p in enumerate(parameters) for flat in range(p.numel())]
-    return _at(risk, parameters, picked)
+@dataclass(frozen=True)
+class Derivatives:
+    """A risk, its gradient [n] and its Hessian [n, n]."""
+
+    risk: float
+    gradient: Tensor
+    hessian: Tensor
+
+    @property
+    def perplexity_hessian(self) -> Tensor:
+        """The Hessian of exp(R): exp(R) (H + g g^T)."""
+        return Tensor.exp(torch.tensor(self.risk)) * (self.hessian + torch.outer(self.gradient, self.gradient))
 
 
-def _at(risk: Tensor, parameters: Sequence[Tensor], picked: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """The same at some entries only, each given as (which parameter, flat position)."""
+def derivatives(risk: Tensor, parameters: Sequence[Tensor], picked: list[tuple[int, int]] | None = None) -> Derivatives:
+    """Gradient and Hessian of a scalar, one backward pass a column, at every entry of the parameters.
+
+    `picked` narrows this to some entries, each given as (which parameter, flat position), in that order.
+    """
+    if picked is None:
+        picked = [(i, flat) for i, p in enumerate(parameters) for flat in range(p.numel())]
     first = torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True)
     entries = [first[i].reshape(-1)[flat] for i, flat in picked]
     columns = []
     for entry in entries:
+        second: Sequence[Tensor] = [torch.zeros_like(p) for p in parameters]
         if entry.requires_grad:
             second = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-        else:
-            second = tuple(torch.zeros_like(p) for p in parameters)
         columns.append(torch.stack([second[i].reshape(-1)[flat] for i, flat in picked]))
-    return torch.stack(entries).detach(), torch.stack(columns, 1).detach()
+    return Derivatives(float(risk.detach()), torch.stack(entries).detach(), torch.stack(columns, 1).detach())
+
+
+def entries_of(space: Space) -> list[tuple[int, int]]:
+    """The coordinates of a space as (which of its parameters, flat position)."""
+    return [(i, flat) for i, c in enumerate(space.coordinates) for flat in c.flat_indices().tolist()]
 
 
 # ---- language models
 
 
-def causal_lm(model: nn.Module, batches: Sequence[Batch], space: Space) -> tuple[float, Tensor, Tensor]:
-    """R = sum of the negative log-likelihoods of all batches / their number, its gradient and Hessian over a space.
+def causal_lm(model: nn.Module, batches: Sequence[Batch], space: Space) -> Derivatives:
+    """The mean negative log-likelihood and its dense derivatives over a space, in float64 on a copy of the model."""
+    copied = prepared_copy(model, torch.float64)
+    parameters = selected_parameters(copied, space)
+    with sdpa_kernel(SDPBackend.MATH):
+        return derivatives(mean_nll(copied, batches), parameters, entries_of(space))
 
-    In float64 on a copy of the model, with attention in its mathematical form and experts written out.
-    """
-    model = copy.deepcopy(model).double()
-    return causal_lm_as_it_is(model, batches, space)
 
-
-def causal_lm_as_it_is(model: nn.Module, batches: Sequence[Batch], space: Space) -> tuple[float, Tensor, Tensor]:
-    """The same in the model's own dtype; the model's parameters must require gradients."""
-    named = dict(model.named_parameters())
-    parameters = [named[c.name].requires_grad_() for c in space.coordinates]
-    picked = [(i, flat) for i, c in enumerate(space.coordinates) for flat in c.flat_indices().tolist()]
-    with written_out(model):
-        risk = mean_nll(model, batches)
-        gradient, hessian = _at(risk, parameters, picked)
-    return float(risk.detach()), gradient, hessian
+def causal_lm_products(
+    model: nn.Module, batches: Sequence[Batch], V: list[dict[str, Tensor]], dtype: torch.dtype = torch.float64
+) -> list[dict[str, Tensor]]:
+    """H v for vectors over whole parameters, by one double backward pass each, over all batches at once."""
+    copied = prepared_copy(model, dtype)
+    named = dict(copied.named_parameters())
+    parameters = [named[name].requires_grad_() for name in V[0]]
+    with sdpa_kernel(SDPBackend.MATH):
+        risk = mean_nll(copied, batches)
+        first = torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True)
+        results = []
+        for v in V:
+            slope = sum((g * v[name].to(dtype)).sum() for g, name in zip(first, V[0], strict=True))
+            assert isinstance(slope, Tensor)
+            second = torch.autograd.grad(slope, parameters, retain_graph=True, materialize_grads=True)
+            results.append(dict(zip(V[0], second, strict=True)))
+    return results
 
 
 def mean_nll(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -93,20 +120,28 @@ def labels_of(batch: Batch) -> Tensor:
     return labels
 
 
-@contextmanager
-def written_out(model: nn.Module) -> Iterator[None]:
-    """Attention and experts in forms that have second derivatives, set on this model for good."""
-    for module in model.modules():
+def selected_parameters(model: nn.Module, space: Space) -> list[nn.Parameter]:
+    """The parameters of a space, all requiring gradients."""
+    named = dict(model.named_parameters())
+    return [named[c.name].requires_grad_() for c in space.coordinates]
+
+
+def prepared_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose experts are written out; grouped kernels have no second derivative."""
+    copied = copy.deepcopy(model).to(dtype)
+    for module in copied.modules():
         if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
-            module.config._experts_implementation = "eager"
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+            module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return copied
+
+
+# ---- models that cast to float32 by themselves
 
 
 class KeepDouble(TorchFunctionMode):
-    """Turns casts of float64 tensors to float32 into no casts: RMSNorm, rotary embeddings, softmax and routers do them.
+    """Makes casts from float64 to float32 do nothing, as RMSNorm, softmax, routers and rotary embeddings cast.
 
-    `differentiated` counts the casts of tensors that depend on a parameter.
+    `differentiated` counts those casts whose tensor depends on a weight.
     """
 
     def __init__(self) -> None:
@@ -119,20 +154,46 @@ class KeepDouble(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.dtype == torch.float64:
-            if func is Tensor.float:
+            to_float = func is Tensor.float
+            if to_float or torch.float32 in args or kwargs.get("dtype") is torch.float32:
                 self.differentiated += x.requires_grad
+            if to_float:
                 return x
-            if torch.float32 in args or kwargs.get("dtype") is torch.float32:
-                self.differentiated += x.requires_grad
-                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-                kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
         return func(*args, **kwargs)
 
 
+@contextmanager
+def keeping_double(model: nn.Module) -> Iterator[KeepDouble]:
+    """Run the forward passes of the model's class under one `KeepDouble`, for copies of the model too."""
+    mode, cls = KeepDouble(), type(model)
+    forward = cls.forward
+
+    def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, "forward", patched)
+        yield mode
+
+
+# ---- closed forms
+
+
 def squared_error_hessian(inputs: Tensor, outputs: int) -> Tensor:
-    """The Hessian of the mean squared error of y = W x over the elements of W [outputs, inputs]: (2/N) I kron X^T X."""
+    """The Hessian of the mean squared error of y = W x over the entries of W [outputs, inputs]: (2/N) I kron X^T X.
+
+    N is the number of elements of y, over all rows of X.
+    """
     N = inputs.shape[0] * outputs
     return torch.kron(torch.eye(outputs, dtype=inputs.dtype), 2.0 / N * inputs.T @ inputs)
 
 
-__all__ = ["ExitStack"]
+def cross_entropy_hessian(inputs: Tensor, logits: Tensor) -> Tensor:
+    """The Hessian of the mean cross-entropy of softmax(W x) over W [C, inputs]: (1/N) sum (diag p - p p^T) kron x x^T."""
+    p = logits.softmax(-1)
+    blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    total = torch.stack([torch.kron(b, torch.outer(x, x)) for b, x in zip(blocks, inputs, strict=True)]).sum(0)
+    return total / len(inputs)

@@ -36,7 +36,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    return json.loads((model_path() / "training.json").read_text(encoding="utf-8"))
+    recorded: dict[str, Any] = json.loads((model_path() / "training.json").read_text(encoding="utf-8"))
+    return recorded
 
 
 def test_the_model_is_small(model: LlamaForCausalLM, record: dict[str, Any]) -> None:

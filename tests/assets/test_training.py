@@ -16,6 +16,11 @@ def ids() -> torch.Tensor:
     return byte_ids(prose("train")[:20_000])
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hesscope.assets.train.BATCH", 2)
+
+
 def weights(model: LlamaForCausalLM) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.probing import require_finite
 from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes
 from hesscope.operators import Operator
-from hesscope.operators.graphs import available_bytes
 from hesscope.results import Block
 
 
@@ -20,7 +21,7 @@ def block(H: Operator) -> Block:
     |A - A^T| relative to the largest |A|, measured before.
 
     Raises:
-        HesscopeError: the matrix would not fit in memory (names the largest n that does).
+        HesscopeError: the matrix would not fit in memory (names the largest n that does), or a product is not finite.
 
     Example:
         >>> import torch, hesscope as hs
@@ -53,7 +54,9 @@ class _Columns(Iteration):
     def step(self) -> None:
         stop = min(self._next + self._chunk, self.expected)
         space = self._H.space
-        self.matrix[:, self._next : stop] = space.flatten(self._H.matmat(space.basis(self._next, stop)))
+        columns = self._H.matmat(space.basis(self._next, stop))
+        require_finite(self._H, columns)
+        self.matrix[:, self._next : stop] = space.flatten(columns)
         self._next = stop
 
 

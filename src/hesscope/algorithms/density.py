@@ -36,7 +36,7 @@ def density(
         probes: independent start vectors; every error bar comes from the spread over them.
         steps: Lanczos steps a probe, at most n.
         bandwidth: standard deviation of the Gaussian that smooths the picture, in units of the eigenvalues; a hundredth
-            of the range of nodes by default.
+            of the range of nodes by default, at least a 30000th of it.
         seed: of the start vectors; None draws one and records it.
 
     Raises:
@@ -52,10 +52,11 @@ def density(
     run = _Quadrature(H, probes, min(steps, H.space.size), seed)
     spent = drive(H, run, {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed})
     nodes, weights = run.nodes, run.weights
-    width = bandwidth or _default_bandwidth(nodes[weights > 0])
-    grid = _grid(nodes[weights > 0], width)
+    used = nodes[weights > 0]
+    width = max(bandwidth or _default_bandwidth(used, torch.finfo(H.dtype).eps), float(used.max() - used.min()) / 30000)
+    grid = _grid(used, width)
     curves = torch.stack([smooth(nodes[p], weights[p], grid, width) for p in range(probes)])
-    powers = torch.stack([(weights * nodes**p).sum(1) for p in range(1, _MOMENTS + 1)], 1)
+    powers = torch.stack([(weights * nodes**p).sum(1) for p in range(1, _exact_moments(H, steps) + 1)], 1)
     return Density(**spent, nodes=nodes, weights=weights, grid=grid, density=curves.mean(0),
                    density_standard_error=curves.std(0) / math.sqrt(probes), moments=powers.mean(0),
                    moments_standard_error=powers.std(0) / math.sqrt(probes), bandwidth=width,
@@ -68,13 +69,20 @@ def smooth(nodes: Tensor, weights: Tensor, grid: Tensor, bandwidth: float) -> Te
     return (weights * torch.exp(-0.5 * z * z)).sum(1) / (bandwidth * math.sqrt(2 * math.pi))
 
 
-def _default_bandwidth(nodes: Tensor) -> float:
-    spread = float(nodes.max() - nodes.min())
-    return spread / 100 if spread > 0 else max(abs(float(nodes.max())), 1.0) / 100
+def _exact_moments(H: Operator, steps: int) -> int:
+    """How many moments the quadrature has without bias: m steps are exact up to degree 2m - 1, n steps for all."""
+    return _MOMENTS if steps >= H.space.size else min(_MOMENTS, 2 * steps - 1)
+
+
+def _default_bandwidth(nodes: Tensor, eps: float) -> float:
+    spread, magnitude = float(nodes.max() - nodes.min()), float(nodes.abs().max())
+    return (spread if spread > 100 * eps * magnitude else magnitude) / 100 or 0.01
 
 
 def _grid(nodes: Tensor, width: float) -> Tensor:
-    return torch.linspace(float(nodes.min()) - 5 * width, float(nodes.max()) + 5 * width, _GRID, dtype=torch.float64)
+    low, high = float(nodes.min()) - 5 * width, float(nodes.max()) + 5 * width
+    # Half a bandwidth apart the points still integrate the curve to one.
+    return torch.linspace(low, high, max(_GRID, math.ceil(2 * (high - low) / width)), dtype=torch.float64)
 
 
 class _Quadrature(Iteration):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hesscope.algorithms.budget import FEWEST_PROBES, check_budget, chunk_size, probes_allowed
 from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.probing import require_finite
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Diagonal
@@ -39,7 +40,7 @@ def diagonal(
         seed: of the sign vectors; None draws one and records it.
 
     Raises:
-        HesscopeError: an unknown method, or a budget or target out of range.
+        HesscopeError: an unknown method, a budget or target out of range, or a product that is not finite.
 
     Example:
         >>> import torch, hesscope as hs
@@ -101,7 +102,9 @@ class _Hutchinson(Iteration):
         m = self.mean.count
         stop = min(m + (chunk_size(self._H) if self._target is None else 1), self.expected)
         Z = self._H.space.rademacher(self._seed, range(m, stop))
-        samples = vectors.multiply(Z, self._H.matmat(Z))
+        AZ = self._H.matmat(Z)
+        require_finite(self._H, AZ)
+        samples = vectors.multiply(Z, AZ)
         for k in range(stop - m):
             self.mean.add({name: part[k] for name, part in samples.items()})
 
@@ -125,5 +128,7 @@ class _Entries(Iteration):
     def step(self) -> None:
         start, space = self._next, self._H.space
         self._next = min(start + chunk_size(self._H), self.expected)
-        columns_nK = space.flatten(self._H.matmat(space.basis(start, self._next)))
+        columns = self._H.matmat(space.basis(start, self._next))
+        require_finite(self._H, columns)
+        columns_nK = space.flatten(columns)
         self.values[start : self._next] = columns_nK[start : self._next].diagonal()

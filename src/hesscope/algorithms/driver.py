@@ -47,17 +47,23 @@ def drive(H: Operator, iteration: Iteration, options: dict[str, Any]) -> dict[st
     with _progress(iteration) as update:
         while not iteration.done:
             iteration.step()
-            update(H.products - products - probed, iteration.note())
+            update(H.products - products - probed, iteration.note)
     return {
         "products": H.products - products - probed,
         "units": H.units - units,
         "seconds": time.perf_counter() - began,
-        "provenance": {
-            "operator": H.describe(),
-            "options": options,
-            "probe": report,
-            "versions": versions(),
-        },
+        "provenance": provenance(H, options) | {"probe": report},
+    }
+
+
+def provenance(H: Operator, options: dict[str, Any]) -> dict[str, Any]:
+    """What a result was computed from and with."""
+    return {
+        "problem": H.origin(),
+        "selection": H.space.describe(),
+        "operator": H.describe(),
+        "options": options,
+        "versions": versions(),
     }
 
 
@@ -86,4 +92,4 @@ def _progress(iteration: Iteration) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(iteration.description, total=iteration.expected, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note)
+        yield lambda done, note: bar.update(task, completed=done, note=note())

@@ -12,8 +12,8 @@ from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
 from hesscope.algorithms.probing import rounding
 from hesscope.errors import HesscopeError, HesscopeWarning
+from hesscope.memory import available_bytes
 from hesscope.operators import Operator
-from hesscope.operators.graphs import available_bytes
 from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
 from hesscope.space.random import resolve_seed
@@ -36,14 +36,16 @@ def eigs(
         k: how many, 1 to n.
         which: as in SciPy's `eigsh`: "LM" largest magnitude, "LA" largest, "SA" smallest (most negative), "BE" half from
             each end, the odd one from the upper.
-        tol: each |A v - lambda v| is to be at most tol |lambda|, or what rounding allows.
+        tol: each |A v - lambda v| is to be at most tol |lambda|, or what rounding allows: the parameters' (relative to
+            lambda) and the vectors' (relative to the operator).
         max_products: at most so many, k of them for measuring the residuals; by default about 300, or what memory holds.
         seed: of the start vector; None draws one and records it.
 
     Returns:
         Eigenvalues in the order wanted (by magnitude for "LM", descending for "LA" and "BE", ascending for "SA"), unit
         eigenvectors, and residuals measured by k products of their own. Where these miss `tol`, `converged` is False and
-        a HesscopeWarning says so. One start vector sees one copy of a multiple eigenvalue until its space is exhausted.
+        a HesscopeWarning says so. One start vector sees one copy of a multiple eigenvalue until its space is exhausted;
+        from then on every copy is found.
 
     Raises:
         HesscopeError: k outside 1..n, an unknown `which`, too few products for k pairs.
@@ -61,7 +63,7 @@ def eigs(
     if not tol > 0:
         raise HesscopeError(f"Expected tol to be positive, got {tol}.")
     seed = resolve_seed(seed)
-    search = _Search(H, k, which, tol, _most_steps(H, k, max_products), seed)
+    search = _Search(H, k, which, tol, _most_products(k, max_products), _most_steps(H, k), seed)
     spent = drive(H, search, {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed})
     # A float32 tensor prints 3.0 as 3.0000; the projected problem is float64 anyway.
     if not search.converged:
@@ -88,18 +90,23 @@ def wanted(values: Tensor, k: int, which: str) -> Tensor:
     return torch.cat([torch.arange(m - 1, m - 1 - (k - low), -1), torch.arange(low - 1, -1, -1)])
 
 
-def _most_steps(H: Operator, k: int, max_products: int | None) -> int:
-    if max_products is not None and max_products < 2 * k:
+def _most_products(k: int, max_products: int | None) -> int:
+    if max_products is None:
+        return max(_DEFAULT_STEPS, 20 * k) + k
+    if max_products < 2 * k:
         raise HesscopeError(
             f"Expected max_products of at least {2 * k} for {k} pairs (k steps and k residuals), got {max_products}."
         )
+    return max_products
+
+
+def _most_steps(H: Operator, k: int) -> int:
     in_memory = available_bytes(H.space.device) // (2 * H.space.size * H.dtype.itemsize)
-    steps = max(_DEFAULT_STEPS, 20 * k) if max_products is None else max_products - k
     if in_memory < k + 1 and in_memory < H.space.size:
         raise HesscopeError(
             f"Expected memory for a basis of {k + 1} vectors of {H.space.size} coordinates; only {in_memory} fit."
         )
-    return min(steps, H.space.size, in_memory)
+    return min(H.space.size, in_memory)
 
 
 class _Search(Iteration):
@@ -107,11 +114,13 @@ class _Search(Iteration):
 
     description = "eigenpairs"
 
-    def __init__(self, H: Operator, k: int, which: str, tol: float, most: int, seed: int) -> None:
-        self._H, self._k, self._which, self._tol, self._most = H, k, which, tol, most
+    def __init__(self, H: Operator, k: int, which: str, tol: float, products: int, steps: int, seed: int) -> None:
+        self._H, self._k, self._which, self._tol = H, k, which, tol
+        self._products, self._steps = products, steps
         self.krylov = Krylov(H, H.space.gaussian(seed, ["start"]), seed, restart=True)
-        self.expected = most + k
+        self.expected = min(products, steps + k)
         self._inferred_tol = tol
+        self._measuring, self._look_again = 0, 0
         self.done_ = False
         self._note = ""
 
@@ -124,22 +133,52 @@ class _Search(Iteration):
 
     def step(self) -> None:
         self.krylov.step()
-        m, last = self.krylov.m, self.krylov.ended or self.krylov.m >= self._most
-        if m < self._k or (m > 50 and m % 5 and not last):
+        m = self.krylov.m
+        # The measurement that ends the search is paid for from the same purse.
+        last = m == self._steps or m + self._measuring + self._k == self._products
+        if m < self._k or ((m < self._look_again or (m > 50 and m % 5)) and not last):
             return
         values, S = self.krylov.ritz()
         pick = wanted(values, self._k, self._which)
         inferred = self.krylov.residual_norm * S[-1, pick].abs()
         good = self._small(inferred, values[pick], self._inferred_tol)
         self._note = f"{int(good.sum())} of {self._k} converged"
-        if last or bool(good.all()):
+        if last or (bool(good.all()) and self._complete(values[pick])):
             self._measure(values[pick], S[:, pick])
-            self.done_ = last or self.converged
+            self._measuring += self._k
+            self.done_ = last or self.converged or m + 1 + self._measuring + self._k > self._products
+            # Where they disagree the products are noisier than rounding; asking at every step would cost more than it tells.
             self._inferred_tol /= 10
+            self._look_again = m + max(1, m // 4)
+
+    def _complete(self, found: Tensor) -> bool:
+        """Whether no further copy of a multiple eigenvalue can be among the wanted.
+
+        Once a Krylov space is exhausted, the next run starts orthogonal to it and finds what is most extreme of the rest;
+        it must have converged there, on nothing more extreme than the last of the wanted.
+        """
+        if self.krylov.newest == 0:
+            return not self.krylov.exhausted
+        values, S = torch.linalg.eigh(self.krylov.T[self.krylov.newest :, self.krylov.newest :])
+        slack = self._floor()
+        upper = self._k - self._k // 2
+        ends = {"LM": [(torch.abs, found)], "LA": [(torch.positive, found)], "SA": [(torch.neg, found)],
+                "BE": [(torch.positive, found[:upper]), (torch.neg, found[upper:])]}[self._which]  # fmt: skip
+        for extremity, wanted_there in ends:
+            if len(wanted_there):
+                best = extremity(values).argmax()
+                residual = self.krylov.residual_norm * S[-1, best].abs()
+                beyond = extremity(values[best]) > extremity(wanted_there).min() + slack
+                if beyond or not self._small(residual, values[best], self._inferred_tol):
+                    return False
+        return True
 
     def _small(self, residuals: Tensor, values: Tensor, tol: float) -> Tensor:
-        floor = 10 * rounding(self._H) * float(self.krylov.T.abs().max())
-        return residuals <= (tol * values.abs()).clamp(min=floor)
+        return residuals <= (max(tol, rounding(self._H)) * values.abs()).clamp(min=self._floor())
+
+    def _floor(self) -> float:
+        """What the rounding of the vectors, not of the parameters, leaves of any residual."""
+        return 10 * torch.finfo(self._H.dtype).eps * float(self.krylov.T.abs().max())
 
     def _measure(self, values: Tensor, S_mk: Tensor) -> None:
         """Form the vectors and spend a product on each."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.probing import require_finite, rounding
+from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
 from hesscope.space import Vectors, vectors
 
@@ -30,6 +30,7 @@ class Krylov:
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self._next = self._unit(start)
+        self._starts = [0]
         self._rows: Vectors = {name: part.new_empty(8, *part.shape[1:]) for name, part in start.items()}
         self.ended = False
 
@@ -49,6 +50,16 @@ class Krylov:
         off = torch.tensor(self.betas[: max(self.m - 1, 0)], dtype=torch.float64)
         on = torch.tensor(self.alphas, dtype=torch.float64)
         return torch.diag(on) + torch.diag(off, 1) + torch.diag(off, -1)
+
+    @property
+    def newest(self) -> int:
+        """Where the newest of the runs that have made a step began: 0 until a restart direction was used."""
+        return [s for s in self._starts if s < self.m][-1]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last step left nothing outside the basis."""
+        return self.betas[-1] == 0.0
 
     @property
     def residual_norm(self) -> float:
@@ -71,6 +82,7 @@ class Krylov:
         self.betas.append(0.0)
         self.ended = self.m == self._H.space.size or not self._restart
         if not self.ended:
+            self._starts.append(self.m)
             self._next = self._unit(self._orthogonal(self._H.space.gaussian(self._seed, [f"restart/{self.m}"])))
 
     def ritz(self) -> tuple[Tensor, Tensor]:
@@ -79,9 +91,13 @@ class Krylov:
         return values, S
 
     def _negligible(self) -> float:
-        """Below this, beta is the rounding of the product and not a direction."""
+        """Below this, beta is the rounding of the vectors and not a direction.
+
+        The vectors' rounding, not the parameters': behind an outlier beta is soon a few percent of it, which for
+        half-precision parameters would pass for rounding. A direction that is noise of the product does no harm.
+        """
         scale = max(*map(abs, self.alphas), *self.betas, 0.0)
-        return 10 * rounding(self._H) * scale
+        return 10 * torch.finfo(self._H.dtype).eps * scale
 
     def _orthogonal(self, w: Vectors) -> Vectors:
         space, Q = self._H.space, vectors.columns(self._rows, 0, self.m)

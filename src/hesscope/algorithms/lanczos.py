@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from hesscope.algorithms.driver import Iteration, drive
@@ -30,7 +32,7 @@ def lanczos(
         keep_basis: return the basis with the result.
 
     Raises:
-        HesscopeError: steps outside 1..n, or a start vector that is zero.
+        HesscopeError: steps outside 1..n, or a start vector that is zero, not finite or of another size.
     """
     n = H.space.size
     if not 1 <= steps <= n:
@@ -64,7 +66,9 @@ class LanczosIteration(Iteration):
 def _start(H: Operator, start: Tensor | dict[str, Tensor] | None, seed: int) -> Vectors:
     if start is None:
         return H.space.gaussian(seed, ["start"])
-    v = H.space.from_dict(start) if isinstance(start, dict) else H.space.unflatten(start.reshape(-1, 1))
-    if float(H.space.norms(v)) == 0.0:
-        raise HesscopeError("Expected a start vector other than zero.")
+    if not isinstance(start, dict) and start.shape != (H.space.size,):
+        raise HesscopeError(f"Expected a start vector of shape [{H.space.size}], got {list(start.shape)}.")
+    v = H.space.from_dict(start) if isinstance(start, dict) else H.space.unflatten(start[:, None])
+    if not 0.0 < float(H.space.norms(v)) < math.inf:
+        raise HesscopeError("Expected a start vector other than zero, with finite entries.")
     return v

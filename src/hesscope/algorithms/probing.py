@@ -14,7 +14,7 @@ from hesscope.space import Vectors, vectors
 def probe(H: Operator, seed: int = 0) -> dict[str, float]:
     """Measure symmetry |<u, Hv> - <v, Hu>| and repeatability |Hu - Hu'|, relative to |Hu| and |Hv|.
 
-    Raises HesscopeError where a product is not finite, or either figure exceeds 1000 roundings.
+    Raises HesscopeError where a product is not finite, or either figure exceeds `tolerated`.
     """
     u, v = (H.space.rademacher(seed, [f"probe/{i}"]) for i in range(2))
     Hu, Hv = H.matmat(u), H.matmat(v)
@@ -22,7 +22,7 @@ def probe(H: Operator, seed: int = 0) -> dict[str, float]:
     require_finite(H, Hu)
     require_finite(H, Hv)
     found = {"symmetry": symmetry(H, u, v, Hu, Hv), "repeatability": difference(H, Hu, again)}
-    limit = 1000 * rounding(H)
+    limit = tolerated(H)
     if found["repeatability"] > limit:
         raise HesscopeError(
             f"The same product came out twice with a relative difference of {found['repeatability']:.1e}, expected at "
@@ -36,15 +36,29 @@ def probe(H: Operator, seed: int = 0) -> dict[str, float]:
     return found
 
 
+def tolerated(H: Operator) -> float:
+    """The largest relative discrepancy of a product that may pass for rounding.
+
+    A thousand roundings, but never so few that a float64 model which casts to float32 inside (every RMSNorm does), or a
+    finite difference, would be refused, nor so many that nothing would be (for bfloat16 they exceed the products).
+    """
+    return min(max(1000 * rounding(H), 1e-3), 0.2)
+
+
 def rounding(H: Operator) -> float:
-    """The unit roundoff of the least precise parameter."""
+    """The machine epsilon of the least precise parameter."""
     return max(torch.finfo(c.dtype).eps for c in H.space.coordinates)
 
 
 def symmetry(H: Operator, u: Vectors, v: Vectors, Hu: Vectors, Hv: Vectors) -> float:
-    """|<u, Hv> - <v, Hu>| / (|u| |Hv| + |v| |Hu|) * 2."""
+    """|<u, Hv> - <v, Hu>| / ((|u| |Hv| + |v| |Hu|) / (2 sqrt(n))).
+
+    For independent sign vectors <u, Hv> is of the size |Hv| = |u| |Hv| / sqrt(n). Relative to |u| |Hv| itself, a map
+    without any symmetry would come out as sqrt(2 / n), which for large n passes for rounding.
+    """
     inner = H.space.inner
     scale = 0.5 * float(H.space.norms(u) * H.space.norms(Hv) + H.space.norms(v) * H.space.norms(Hu))
+    scale /= math.sqrt(H.space.size)
     gap = abs(float(inner(u, Hv)) - float(inner(v, Hu)))
     return gap / scale if scale > 0 else 0.0
 

@@ -6,6 +6,7 @@ import torch
 
 from hesscope.algorithms.budget import FEWEST_PROBES, check_budget, chunk_size, probes_allowed
 from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.probing import require_finite
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Trace
@@ -35,7 +36,7 @@ def trace(
         seed: of the sign vectors; None draws one and records it.
 
     Raises:
-        HesscopeError: an unknown method, or a budget or target out of range.
+        HesscopeError: an unknown method, a budget or target out of range, or a product that is not finite.
 
     Example:
         >>> import torch, hesscope as hs
@@ -85,7 +86,9 @@ class _Hutchinson(Iteration):
         m = len(self.samples)
         stop = min(m + (chunk_size(self._H) if self._target is None else 1), self.expected)
         Z = self._H.space.rademacher(self._seed, range(m, stop))
-        self.samples += self._H.space.inner(Z, self._H.matmat(Z)).diagonal().tolist()
+        AZ = self._H.matmat(Z)
+        require_finite(self._H, AZ)
+        self.samples += self._H.space.inner(Z, AZ).diagonal().tolist()
 
     def estimate(self) -> tuple[float, float]:
         """The mean and its standard error."""
@@ -114,4 +117,6 @@ class _UnitForms(Iteration):
     def step(self) -> None:
         start = len(self.forms)
         E = self._H.space.basis(start, min(start + chunk_size(self._H), self.expected))
-        self.forms += self._H.space.inner(E, self._H.matmat(E)).diagonal().tolist()
+        AE = self._H.matmat(E)
+        require_finite(self._H, AE)
+        self.forms += self._H.space.inner(E, AE).diagonal().tolist()

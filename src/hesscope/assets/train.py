@@ -99,9 +99,9 @@ def mean_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
 def save(model: LlamaForCausalLM, output_dir: Path, steps: int, seed: int) -> dict[str, object]:
     """Write model, tokenizer and `training.json` to `output_dir`, and return what `training.json` says."""
     held_out = prose("held_out")
-    # Without begin and end tokens the generation settings would say nothing.
-    model.generation_config = None
     model.save_pretrained(output_dir)
+    # Without begin and end tokens the generation settings say nothing.
+    (output_dir / "generation_config.json").unlink(missing_ok=True)
     byte_tokenizer(POSITIONS).save_pretrained(output_dir)
     record: dict[str, object] = {
         "held_out_nats_per_byte": round(mean_loss(model, byte_ids(held_out)), 4),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
+from hesscope.errors import HesscopeError
 from hesscope.models import named_parameters
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
@@ -48,5 +50,10 @@ class Engine(ABC):
 
 def parameter_values(problem: Problem, space: Space) -> dict[str, Tensor]:
     """The selected parameters' values, sharing storage with the model and detached from any graph."""
+    if torch.is_inference_mode_enabled():
+        raise HesscopeError(
+            "Expected to be able to differentiate, but torch.inference_mode() is on, under which nothing is recorded; "
+            "leave it (torch.no_grad() does no harm)."
+        )
     parameters = named_parameters(problem.model)
     return {name: parameters[name].detach() for name in space.names}

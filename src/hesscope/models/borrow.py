@@ -16,13 +16,14 @@ _TWICE_DIFFERENTIABLE = ("sdpa", "eager")
 
 @contextmanager
 def borrowed(model: nn.Module, dropout_seed: int | None = None) -> Iterator[None]:
-    """Run the model twice-differentiably inside; attention, experts, training flags and random state return after.
+    """Run the model twice-differentiably inside; attention, experts, flags and random state return after.
 
     With a `dropout_seed` dropout is on (normalisation layers stay in evaluation mode) and draws from that seed.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_implementations(model))
+        stack.enter_context(_without_checkpointing(model))
         if dropout_seed is not None:
             stack.enter_context(_training_flags(model))
             stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
@@ -74,6 +75,19 @@ def _root_config(model: nn.Module) -> Any:
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration that a module of the model reads, once."""
     return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Checkpointed layers would run again during a backward pass, when the model is no longer borrowed."""
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for m in checkpointed:
+            m.gradient_checkpointing = False
+        yield
+    finally:
+        for m in checkpointed:
+            m.gradient_checkpointing = True
 
 
 @contextmanager

@@ -23,6 +23,20 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def resolve_device(device: torch.device | str | None) -> torch.device | None:
+    """A torch device that exists here; raises HesscopeError otherwise."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise HesscopeError(
+            f"Expected a device that this machine has, got {str(device)!r}: {_first_line(error)}"
+        ) from error
+    return found
+
+
 def load_model(
     name: str | Path,
     dtype: torch.dtype | None = None,
@@ -35,7 +49,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    if _is_path(name) and not (Path(name) / "config.json").is_file():
         raise HesscopeError(
             f"Expected {str(name)!r} to be a model folder with a config.json, or a Hub id; there is no config.json in it."
         )
@@ -67,6 +81,11 @@ def place_model(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
         (dtype is None or p.dtype == dtype) and (device is None or p.device == torch.device(device)) for p in parameters
     )
     return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def _is_path(name: str | Path) -> bool:
+    """Whether a name cannot be a Hub id, which is `name` or `owner/name`, or stands for something on disk."""
+    return isinstance(name, Path) or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _first_line(error: BaseException) -> str:

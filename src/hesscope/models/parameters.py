@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from hesscope.digest import update_with_tensor
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,11 +32,6 @@ def fingerprint(model: nn.Module) -> str:
     """A SHA-256 of the architecture's name and of every parameter's and buffer's name, dtype, shape and bytes."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(_bytes_of(tensor)))
+        digest.update(name.encode())
+        update_with_tensor(digest, tensor)
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(raw.numpy())

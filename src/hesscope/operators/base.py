@@ -43,6 +43,10 @@ class Operator(ABC):
     def describe(self) -> dict[str, Any]:
         """What a result keeps about its operator, as JSON."""
 
+    @abstractmethod
+    def origin(self) -> dict[str, Any] | None:
+        """What a result keeps about the problem behind the operator, as JSON; None where there is none."""
+
     # ---- what everyone uses
 
     @property

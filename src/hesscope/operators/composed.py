@@ -13,7 +13,9 @@ class Sum(Operator):
     """A + B on one space."""
 
     def __init__(self, first: Operator, second: Operator) -> None:
-        if first.space is not second.space and first.space.labels != second.space.labels:
+        if not isinstance(second, Operator):
+            raise HesscopeError(f"Expected an operator to add to an operator, got {type(second).__name__}.")
+        if not first.space.same_as(second.space):
             raise HesscopeError(
                 "Expected two operators on the same selection; select once and use that space for both."
             )
@@ -31,6 +33,9 @@ class Sum(Operator):
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "sum", "terms": [self._first.describe(), self._second.describe()]}
+
+    def origin(self) -> dict[str, Any] | None:
+        return self._first.origin() or self._second.origin()
 
 
 class Multiple(Operator):
@@ -50,6 +55,9 @@ class Multiple(Operator):
     def describe(self) -> dict[str, Any]:
         return {"operator": "multiple", "factor": self._factor, "of": self._base.describe()}
 
+    def origin(self) -> dict[str, Any] | None:
+        return self._base.origin()
+
 
 class RankOne(Operator):
     """weight * g g^T for one vector g; costs no forward pass."""
@@ -67,3 +75,6 @@ class RankOne(Operator):
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "rank-one", "weight": self._weight, "norm": float(self.space.norms(self._g))}
+
+    def origin(self) -> dict[str, Any] | None:
+        return None

@@ -38,7 +38,10 @@ class FlatOperator(Operator):
         return 0.0
 
     def describe(self) -> dict[str, Any]:
-        return {"operator": self._kind, "size": self.space.size}
+        return {"operator": self._kind}
+
+    def origin(self) -> dict[str, Any] | None:
+        return None
 
 
 def operator(
@@ -71,7 +74,7 @@ def operator(
 def _symmetric(matrix: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 0:
         raise HesscopeError(f"Expected a square matrix, got shape {list(matrix.shape)}.")
-    A = matrix.detach().to(device=device, dtype=dtype or torch.promote_types(matrix.dtype, torch.float32))
+    A = matrix.detach().to(device=device, dtype=torch.promote_types(dtype or matrix.dtype, torch.float32))
     gap, scale = float((A - A.T).abs().max()), float(A.abs().max())
     if not gap <= 1e-3 * scale:
         raise HesscopeError(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-
 from hesscope.engines import Engine, Linearization
 from hesscope.errors import HesscopeWarning
+from hesscope.memory import available_bytes
 from hesscope.models import state_key
 from hesscope.problem import Problem
 from hesscope.space import Space
@@ -72,12 +71,3 @@ class KeptLinearizations:
                     HesscopeWarning,
                     stacklevel=2,
                 )
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -59,9 +59,10 @@ class HessianOfRisk(Operator):
             "engine": self.engine.name,
             "graphs_kept": self._graphs.batches,
             "graph_bytes": self._graphs.bytes,
-            "selection": _describe_space(self.space),
-            "problem": self.problem.describe(),
         }
+
+    def origin(self) -> dict[str, Any] | None:
+        return self.problem.describe()
 
 
 def hessian(
@@ -95,17 +96,3 @@ def hessian(
     risk, gradient = base.risk_and_gradient()
     perplexity = math.exp(risk)
     return perplexity * (base + RankOne(space, gradient))
-
-
-def _describe_space(space: Space) -> dict[str, Any]:
-    """The selection, so that a result can be labelled and matched: names, shapes, and a hash of any indices."""
-    import hashlib
-
-    described: dict[str, Any] = {"size": space.size, "parameters": {}}
-    for c in space.coordinates:
-        entry: dict[str, Any] = {"shape": list(c.shape)}
-        if c.index is not None:
-            entry["of_shape"] = list(c.parameter_shape)
-            entry["index_sha256"] = hashlib.sha256(c.index.numpy().tobytes()).hexdigest()
-        described["parameters"][c.name] = entry
-    return described

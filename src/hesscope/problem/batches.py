@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from hesscope.digest import update_with_tensor
 from hesscope.errors import HesscopeError
 
 
@@ -35,8 +35,7 @@ def content_hash(batches: tuple[Any, ...]) -> str:
         digest.update(str(structure).encode())
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-                digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                update_with_tensor(digest, leaf)
             else:
                 digest.update(repr(leaf).encode())
     return digest.hexdigest()

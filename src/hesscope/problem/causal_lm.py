@@ -16,7 +16,7 @@ from hesscope.data.tokens import require_sequences
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss
 from hesscope.models import context_length, load_model, load_tokenizer, place_model
-from hesscope.models.loading import resolve_dtype
+from hesscope.models.loading import resolve_device, resolve_dtype
 from hesscope.problem.problem import Problem
 
 _LONGEST_DEFAULT = 2048
@@ -66,7 +66,7 @@ def causal_lm(
         HesscopeError: no such model or data, text shorter than one window, sequences longer than the model's context.
     """
     hub = {key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None}
-    dtype = resolve_dtype(dtype)
+    dtype, device = resolve_dtype(dtype), resolve_device(device)
     name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
     loaded = (
         place_model(model, dtype, device) if isinstance(model, nn.Module) else load_model(model, dtype, device, **hub)

@@ -179,7 +179,7 @@ class Problem:
 
         module = first_nonfinite_module(self.model, run)
         where = f"; the first output that is not finite is that of {module!r}" if module else ""
-        return f"The loss of batch {b} is {float(total)}, expected a finite number{where}."
+        return f"The loss of batch {b} is {float(total.detach())}, expected a finite number{where}."
 
 
 class _LossModule(nn.Module):

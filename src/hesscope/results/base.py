@@ -69,7 +69,8 @@ class Result(ABC):
 
     def manifest(self) -> dict[str, Any]:
         """Everything about the result except its tensors."""
-        return {"kind": self.kind, "error": self.error(), **self.facts()}
+        problem = self.provenance.get("problem") or {}
+        return {"kind": self.kind, "error": self.error(), "fingerprint": problem.get("fingerprint"), **self.facts()}
 
     def save(self, folder: str | Path, *, overwrite: bool = False, also_pt: bool = False) -> Path:
         """Write `result.safetensors` and `manifest.json` (and `result.pt`) to a folder, all or nothing.
@@ -100,10 +101,14 @@ class Result(ABC):
             if field.name in tensors:
                 values[field.name] = tensors[field.name]
             elif field.name in manifest:
-                values[field.name] = manifest[field.name]
+                # Infinities and NaN are text in JSON.
+                value = manifest[field.name]
+                values[field.name] = float(value) if field.type == "float" else value
             else:
                 prefix = field.name + "/"
                 values[field.name] = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+                if not values[field.name]:
+                    raise HesscopeError(f"Expected {field.name!r} in a result of kind {cls.kind!r}; it is missing.")
         return cls(**values)
 
 
@@ -143,7 +148,8 @@ class staged:
         try:
             if kind is None:
                 self._folder.mkdir(exist_ok=True)
-                # The manifest is what makes a folder a result, so it moves last.
+                # The manifest is what makes a folder a result: an old one goes first, the new one comes last.
+                (self._folder / MANIFEST).unlink(missing_ok=True)
                 for path in sorted(self._stage.iterdir(), key=lambda p: p.name == MANIFEST):
                     target = self._folder / path.name
                     if path.is_dir() and target.exists():

@@ -16,8 +16,8 @@ class Density(Result):
     """Stochastic Lanczos quadrature: `nodes` and `weights` [probes, steps] are the result, the rest derives from them.
 
     Weights of one probe add up to one; unused places have weight zero. `density` is the smoothed mean over probes on
-    `grid`, integrating to one, with `density_standard_error`. `moments` [4] are (1/n) tr A^p for p = 1..4, with
-    `moments_standard_error`; `bandwidth` is the width of the Gaussian that smooths the picture.
+    `grid`, integrating to one, with `density_standard_error`. `moments` [4] are (1/n) tr A^p for p = 1..4 (fewer where
+    one or two steps leave the higher ones biased), with `moments_standard_error`; `bandwidth` is the width of the Gaussian that smooths the picture.
     """
 
     kind = "density"

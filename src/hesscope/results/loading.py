@@ -49,11 +49,15 @@ def _load_folder(folder: Path) -> Result:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         kind = KINDS[manifest["kind"]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise HesscopeError(
             f"Expected {str(folder)!r} to be the folder of a result, with a readable {MANIFEST}; run it again."
         ) from error
-    return kind.from_parts(_read_safetensors(folder / TENSORS), manifest)
+    tensors = _read_safetensors(folder / TENSORS)
+    try:
+        return kind.from_parts(tensors, manifest)
+    except (ValueError, TypeError) as error:
+        raise HesscopeError(f"The result in {str(folder)!r} is damaged, so run it again: {error}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

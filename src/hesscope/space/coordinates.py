@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Coordinates:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def key(self) -> tuple[str, tuple[int, ...], tuple[int, ...], str | None]:
+        """What tells one selection of coordinates from another: name, shapes, and a hash of any indices."""
+        picked = None if self.index is None else hashlib.sha256(self.index.cpu().numpy().tobytes()).hexdigest()
+        return self.name, self.parameter_shape, self.shape, picked
 
     def flat_indices(self) -> Tensor:
         """Positions inside the row-major parameter, [size] int64, on the CPU."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +58,23 @@ class Space:
         """One readable label a coordinate, in order."""
         return [label for c in self.coordinates for label in c.labels()]
 
+    def describe(self) -> dict[str, Any]:
+        """The selection for the record of a result, as JSON: size, and per parameter its shapes and a hash of indices."""
+        parameters = {
+            name: {"shape": list(shape)} | ({"of_shape": list(whole), "index_sha256": picked} if picked else {})
+            for name, whole, shape, picked in (c.key() for c in self.coordinates)
+        }
+        return {"size": self.size, "parameters": parameters}
+
+    def same_as(self, other: Space) -> bool:
+        """Whether both spaces have the same coordinates in the same order."""
+        return self is other or [c.key() for c in self.coordinates] == [c.key() for c in other.coordinates]
+
     # ---- the border to flat tensors and dictionaries
 
     def unflatten(self, flat_nK: Tensor) -> Vectors:
         """Split a flat [n, K] tensor into vectors."""
-        parts = flat_nK.detach().T.to(self.dtype).split([c.size for c in self.coordinates], dim=1)
+        parts = torch.split(flat_nK.detach().T.to(self.dtype), [c.size for c in self.coordinates], dim=1)
         return {
             c.name: part.reshape(-1, *c.shape).to(c.device) for c, part in zip(self.coordinates, parts, strict=True)
         }

@@ -1,0 +1,86 @@
+"""What every benchmark shares: fresh processes, peak memory as the operating system sees it, and the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
+    """Run a script with arguments in a new Python and read the JSON on its last line."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def reset_peak() -> int:
+    """Start a new high-water mark of resident memory; returns what is resident now, in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The high-water mark of resident memory since `reset_peak`, in bytes."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"no {key} in /proc/self/status; these memory figures need Linux")
+
+
+def seconds(run: Callable[[], object], repeats: int) -> list[float]:
+    """Wall-clock seconds of several runs."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def median(times: list[float]) -> float:
+    """The median."""
+    return statistics.median(times)
+
+
+def write_record(name: str, figures: dict[str, Any], packages: list[str]) -> Path:
+    """Keep figures, versions, machine and command as JSON."""
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+            "system": platform.system(),
+        },
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

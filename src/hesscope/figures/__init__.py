@@ -1,0 +1,1 @@
+"""Figures: one function a result, drawn without touching matplotlib's global state."""

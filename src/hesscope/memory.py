@@ -1,0 +1,14 @@
+"""How much memory is left."""
+
+from __future__ import annotations
+
+import torch
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,21 @@
+"""Helpers beside this file can be imported whatever the import mode; fixtures that several folders use."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def stories() -> tuple[Path, Path]:
+    """A trained Llama of 260 thousand parameters and whole stories, kept beside the project."""
+    model, texts = SHARED / "stories260k", SHARED / "text" / "tinystories_sample.jsonl"
+    if not (model.is_dir() and texts.is_file()):
+        pytest.skip("shared/assets, with stories260k and the TinyStories sample, is not beside this checkout")
+    return model, texts
