@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from hesscope.algorithms.probing import probe
@@ -69,6 +70,12 @@ def provenance(H: Operator, options: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    # Reading the packages' metadata takes milliseconds, as long as a small estimate.
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}

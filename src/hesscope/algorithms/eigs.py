@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -90,6 +91,18 @@ def wanted(values: Tensor, k: int, which: str) -> Tensor:
     return torch.cat([torch.arange(m - 1, m - 1 - (k - low), -1), torch.arange(low - 1, -1, -1)])
 
 
+def _ends(found: Tensor, which: str) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """The ends of the spectrum that are wanted: what is largest there, and the values found there."""
+    if which == "LM":
+        return [(torch.abs, found)]
+    if which == "LA":
+        return [(torch.positive, found)]
+    if which == "SA":
+        return [(torch.neg, found)]
+    upper = len(found) - len(found) // 2
+    return [end for end in ((torch.positive, found[:upper]), (torch.neg, found[upper:])) if len(end[1])]
+
+
 def _most_products(k: int, max_products: int | None) -> int:
     if max_products is None:
         return max(_DEFAULT_STEPS, 20 * k) + k
@@ -160,17 +173,12 @@ class _Search(Iteration):
         if self.krylov.newest == 0:
             return not self.krylov.exhausted
         values, S = torch.linalg.eigh(self.krylov.T[self.krylov.newest :, self.krylov.newest :])
-        slack = self._floor()
-        upper = self._k - self._k // 2
-        ends = {"LM": [(torch.abs, found)], "LA": [(torch.positive, found)], "SA": [(torch.neg, found)],
-                "BE": [(torch.positive, found[:upper]), (torch.neg, found[upper:])]}[self._which]  # fmt: skip
-        for extremity, wanted_there in ends:
-            if len(wanted_there):
-                best = extremity(values).argmax()
-                residual = self.krylov.residual_norm * S[-1, best].abs()
-                beyond = extremity(values[best]) > extremity(wanted_there).min() + slack
-                if beyond or not self._small(residual, values[best], self._inferred_tol):
-                    return False
+        for extremity, there in _ends(found, self._which):
+            best = extremity(values).argmax()
+            residual = self.krylov.residual_norm * S[-1, best].abs()
+            beyond = extremity(values[best]) > extremity(there).min() + self._floor()
+            if beyond or not self._small(residual, values[best], self._inferred_tol):
+                return False
         return True
 
     def _small(self, residuals: Tensor, values: Tensor, tol: float) -> Tensor:

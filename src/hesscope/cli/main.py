@@ -26,17 +26,22 @@ def run(arguments: list[str]) -> int:
     except HesscopeError as error:
         return _say(str(error), BAD_INPUT)
     except KeyboardInterrupt:
-        return _say("Interrupted; nothing was written.", INTERRUPTED)
+        return _interrupted()
     except BrokenPipeError:
         sys.stderr.close()
         return FAILURE
     except SystemExit as stop:
-        return _status(stop.code)
+        # Typer turns Ctrl-C into an exit of its own.
+        return _interrupted() if stop.code == INTERRUPTED else _status(stop.code)
     except Exception as error:
         if os.environ.get("HESSCOPE_TRACEBACK"):
             raise
         return _say(_unexpected(error), FAILURE)
     return _status(status)
+
+
+def _interrupted() -> int:
+    return _say("Interrupted; nothing was written.", INTERRUPTED)
 
 
 def _unexpected(error: Exception) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +57,9 @@ def load_model(
             f"Expected {str(name)!r} to be a model folder with a config.json, or a Hub id; there is no config.json in it."
         )
     try:
-        config = AutoConfig.from_pretrained(name, **hub)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or torch.float32, **hub)
+        with _bars_on_terminals_only():
+            config = AutoConfig.from_pretrained(name, **hub)
+            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or torch.float32, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise HesscopeError(f"Could not load {str(name)!r} as a causal language model: {_first_line(error)}") from error
     moved: nn.Module = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -81,6 +85,21 @@ def place_model(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
         (dtype is None or p.dtype == dtype) and (device is None or p.device == torch.device(device)) for p in parameters
     )
     return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the progress bars of transformers out of logs and pipes."""
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()
 
 
 def _is_path(name: str | Path) -> bool:

@@ -68,7 +68,9 @@ def _matches(
         unknown = [name for name in pattern if name not in first_name]
         if unknown:
             raise HesscopeError(_no_match(unknown[0], first_name))
-        found = {first_name[name]: index for name, index in pattern.items()}
+        found = {}
+        for name, index in pattern.items():
+            _add(found, first_name[name], index)
     elif callable(pattern):
         found = {name: None for name, p in parameters.items() if pattern(name, p)}
     elif not isinstance(pattern, str):

@@ -1,0 +1,111 @@
+"""Every verb writes a folder that reads back, says what it found, and repeats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import hesscope as hs
+
+Command = Callable[..., int]
+ROW = "model.layers.1.self_attn.q_proj.weight[0]"
+
+VERBS = [
+    ("block", ["--params", ROW]),
+    ("diagonal", ["--params", ROW, "--method", "hutchinson", "--budget", "8"]),
+    ("eigs", ["--params", ROW, "-k", "2"]),
+    ("trace", ["--budget", "8"]),
+    ("density", ["--params", "*mlp*", "--probes", "2", "--steps", "5"]),
+    ("verify", ["--params", "*mlp*", "--batch-size", "2"]),
+]
+
+
+@pytest.mark.parametrize(("verb", "own"), VERBS)
+def test_a_verb_writes_result_manifest_and_figure(verb: str, own: list[str], command: Command, tmp_path: Path) -> None:
+    assert command(verb, *own, "--output-dir", "out", "--seed", "3") == 0
+    folder = tmp_path / "out"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"result.safetensors", "manifest.json", f"{verb}.png"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["kind"] == verb
+    assert len(manifest["fingerprint"]) == 64
+    assert manifest["provenance"]["command"]["seed"] == 3
+    assert manifest["provenance"]["versions"]["torch"] == torch.__version__
+    assert manifest["products"] > 0
+    assert manifest["units"] > 0
+    assert manifest["error"]
+    assert hs.load(folder).products == manifest["products"]
+
+
+def test_the_same_command_gives_the_same_numbers(command: Command, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        assert command("trace", "--budget", "8", "--seed", "5", "--output-dir", folder) == 0
+    one, two = hs.load(tmp_path / "one"), hs.load(tmp_path / "two")
+    assert one.estimate == two.estimate
+    assert one.provenance["problem"]["fingerprint"] == two.provenance["problem"]["fingerprint"]
+
+
+def test_the_default_folder_carries_the_verbs_name(command: Command, tmp_path: Path) -> None:
+    assert command("trace", "--budget", "4") == 0
+    assert hs.load(tmp_path / "runs" / "trace").kind == "trace"
+
+
+def test_a_block_equals_the_one_from_python(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:
+    assert command("block", "--params", ROW, "--dtype", "float64", "--also-pt", "--output-dir", "out") == 0
+    problem = hs.causal_lm(tiny, text, length=16, sequences=2, dtype="float64")
+    expected = hs.block(hs.hessian(problem, hs.select(problem, ROW))).matrix
+    torch.testing.assert_close(hs.load(tmp_path / "out").matrix, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(hs.load(tmp_path / "out" / "result.pt"), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_failed_verification_exits_with_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hesscope.verification._LOOSEST", 0.0)
+    monkeypatch.setattr("hesscope.verification._DIFFERENCE_LIMIT", {"float64": 0.0, "own": 0.0})
+    assert command("verify", "--params", "*mlp*", "--output-dir", "out") == 1
+
+
+def test_show_prints_the_summary_and_draws_again(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hesscope.cli.main import run
+
+    command("trace", "--budget", "4", "--output-dir", "out")
+    printed = capsys.readouterr().out
+    assert run(["show", "out", "--plot", "again.pdf"]) == 0
+    shown = capsys.readouterr().out
+    assert hs.load(tmp_path / "out").summary() in printed
+    assert hs.load(tmp_path / "out").summary() in shown
+    assert "fingerprint" in shown
+    assert (tmp_path / "again.pdf").stat().st_size > 0
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_file_of_options_replaces_flags_and_flags_win(
+    suffix: str, tiny: Path, text: Path, command: Command, tmp_path: Path
+) -> None:
+    from hesscope.cli.main import run
+
+    options = {"model": str(tiny), "data": str(text), "length": 16, "sequences": 2, "params": ROW, "budget": 4}
+    (tmp_path / f"options.{suffix}").write_text(json.dumps({**options, "output-dir": "out", "method": "hutchinson"}))
+    assert run(["trace", "--config", f"options.{suffix}", "--budget", "6"]) == 0
+    result = hs.load(tmp_path / "out")
+    assert result.method == "hutchinson"
+    assert result.products == 6
+    assert result.size == 8
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    from hesscope.cli.main import run
+
+    assert run(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(verb in overview for verb in ("demo", "block", "diagonal", "eigs", "trace", "density", "verify", "show"))
+    assert run(["eigs", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(
+        flag in text for flag in ("--model", "--data", "--params", "--operator", "--output-dir", "--which", "--tol")
+    )
