@@ -19,3 +19,16 @@ def stories() -> tuple[Path, Path]:
     if not (model.is_dir() and texts.is_file()):
         pytest.skip("shared/assets, with stories260k and the TinyStories sample, is not beside this checkout")
     return model, texts
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and the tokenizer of `characters`, saved as Hugging Face does; the weights are stored in bfloat16."""
+    import torch
+    from architectures import tiny
+    from characters import tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny("llama", torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

@@ -47,7 +47,7 @@ SPECTRA: dict[str, list[float]] = {
     "identity": [1.0] * 9,
     "single": [2.5],
     "pair": [-4.0, 3.0],
-    "outlier": [1e6, *torch.linspace(-1.0, 0.9, 39).tolist()],
+    "outlier": [1e6, *torch.linspace(-1.0, 0.9137, 39).tolist()],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import numpy as np
@@ -12,7 +13,6 @@ from spectra import SPECTRA, Counted, generic, noisy, symmetric
 from torch import Tensor
 
 import hesscope as hs
-from hesscope.algorithms import eigs as eigs_function
 from hesscope.results import Eigenpairs
 
 WHICH = ("LM", "LA", "SA", "BE")
@@ -56,7 +56,7 @@ def test_pairs_equal_eigh_in_the_documented_order(name: str, which: str) -> None
 
 
 @pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("k", [1, 4, 5])
+@pytest.mark.parametrize("k", [2, 4, 5])
 @pytest.mark.parametrize("name", ["indefinite", "positive", "clustered", "outlier"])
 def test_values_equal_scipy(name: str, k: int, which: str) -> None:
     A = symmetric(SPECTRA[name])
@@ -154,8 +154,8 @@ def test_a_noisy_operator_is_reported_as_not_converged() -> None:
 
 def test_a_basis_that_fills_the_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     A = symmetric(torch.linspace(0.9, 1.0, 80))
-    monkeypatch.setattr(eigs_function.__globals__["available_bytes"].__module__ + ".available_bytes", lambda _: 0)
-    monkeypatch.setitem(eigs_function.__globals__, "available_bytes", lambda _: 10 * 2 * 80 * 8)
+    module = importlib.import_module("hesscope.algorithms.eigs")  # the package's name `eigs` is the function
+    monkeypatch.setattr(module, "available_bytes", lambda _: 10 * 2 * 80 * 8)
     with pytest.warns(hs.HesscopeWarning):
         assert hs.eigs(hs.operator(A), k=3, tol=1e-10).steps == 10
     with pytest.raises(hs.HesscopeError, match="memory for a basis of 11 vectors of 80 coordinates; only 10 fit"):

@@ -220,7 +220,7 @@ def test_a_selection_is_a_sub_block_of_the_whole_in_its_own_order(full: tuple[An
     dense = "gpt_neox.layers.0.attention.query_key_value.weight"
     part = hs.select(
         problem,
-        {"embed_out.weight": [141, 3, 77], dense: (slice(2, 12, 3), slice(1, 3))},
+        {"gpt_neox.embed_in.weight": [141, 3, 77], dense: (slice(2, 12, 3), slice(1, 3))},
         "*.final_layer_norm.weight[1:3]",
         "*.mlp.dense_4h_to_h.*",
     )

@@ -31,8 +31,11 @@ class Linearization(ABC):
         """The gradient of the sum, one vector."""
 
     @abstractmethod
-    def product(self, V: Vectors, last: bool = False) -> Vectors:
-        """The Hessian of the sum times every vector of V; with `last` nothing is kept for further calls."""
+    def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
+        """Add the Hessian of the sum times every vector of V to `into`; with `last` nothing is kept for further calls.
+
+        A vector is as large as the model; adding in place spares the batches' loop one of them.
+        """
 
 
 class Engine(ABC):

@@ -41,8 +41,9 @@ class _Differences(Linearization):
     def gradient(self) -> Vectors:
         return self._gradient(self._values)
 
-    def product(self, V: Vectors, last: bool = False) -> Vectors:
-        return vectors.concatenate([self._column(vectors.columns(V, k, k + 1)) for k in range(vectors.count(V))])
+    def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
+        for k in range(vectors.count(V)):
+            vectors.add_(vectors.columns(into, k, k + 1), self._column(vectors.columns(V, k, k + 1)))
 
     def _column(self, v: Vectors) -> Vectors:
         length = float(self._space.norms(v))

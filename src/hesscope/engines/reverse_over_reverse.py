@@ -52,9 +52,8 @@ class _GradientGraph(Linearization):
                 result[c.name][0] = c.gather(g.detach())
         return result
 
-    def product(self, V: Vectors, last: bool = False) -> Vectors:
+    def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
         count = vectors.count(V)
-        result = self._space.zeros(count)
         # Constant parts of the gradient (a loss linear in a parameter) have no graph and add nothing.
         curved = [
             (c, g)
@@ -72,8 +71,7 @@ class _GradientGraph(Linearization):
             )
             for c, column in zip(self._space.coordinates, columns, strict=True):
                 if column is not None:
-                    result[c.name][k] = c.gather(column)
-        return result
+                    into[c.name][k] += c.gather(column)
 
 
 class _SavedBytes:

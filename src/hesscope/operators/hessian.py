@@ -27,9 +27,10 @@ class HessianOfRisk(Operator):
         result = self.space.zeros(vectors.count(V))
         for b in range(len(self.problem.batches)):
             linearization, built, kept = self._graphs.get(b)
-            vectors.add_(result, linearization.product(V, last=not kept))
+            linearization.add_product(V, into=result, last=not kept)
             self._spend(b, built, vectors.count(V))
-        return vectors.scale(result, 1.0 / self.problem.N)
+        vectors.scale_(result, 1.0 / self.problem.N)
+        return result
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
         """R and its gradient over the selection, from the same graphs."""

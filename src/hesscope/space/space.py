@@ -81,7 +81,7 @@ class Space:
 
     def flatten(self, V: Vectors) -> Tensor:
         """Join vectors into a flat [n, K] tensor."""
-        return torch.cat([V[c.name].reshape(vectors.count(V), c.size).to(self.device) for c in self.coordinates], 1).T
+        return torch.cat([_rows(c, V).to(self.device) for c in self.coordinates], 1).T
 
     def from_dict(self, v: dict[str, Tensor]) -> Vectors:
         """Read one vector given as {name: tensor shaped like the selected part}."""
@@ -110,7 +110,7 @@ class Space:
         """All inner products <u_k, v_l>, a [K, L] float64 tensor on the CPU."""
         total = torch.zeros(vectors.count(U), vectors.count(V), dtype=torch.float64)
         for c in self.coordinates:
-            u_Kn, v_Ln = U[c.name].flatten(1), V[c.name].flatten(1)
+            u_Kn, v_Ln = _rows(c, U), _rows(c, V)
             total += (u_Kn @ v_Ln.T).to("cpu", torch.float64)
         return total
 
@@ -118,7 +118,7 @@ class Space:
         """Euclidean norms, [K] float64."""
         squares = torch.zeros(vectors.count(V), dtype=torch.float64)
         for c in self.coordinates:
-            squares += torch.linalg.vector_norm(V[c.name].flatten(1), dim=1).to("cpu", torch.float64) ** 2
+            squares += torch.linalg.vector_norm(_rows(c, V), dim=1).to("cpu", torch.float64) ** 2
         return squares.sqrt()
 
     def combine(self, V: Vectors, weights_KL: Tensor) -> Vectors:
@@ -158,6 +158,11 @@ class Space:
 
     def _fill(self, part: Callable[[Coordinates], Tensor]) -> Vectors:
         return {c.name: part(c) for c in self.coordinates}
+
+
+def _rows(c: Coordinates, V: Vectors) -> Tensor:
+    """One parameter's part of V as a matrix, [K, size]; a scalar parameter's part has no axis to flatten."""
+    return V[c.name].reshape(-1, c.size)
 
 
 def flat_space(size: int, dtype: torch.dtype, device: torch.device) -> Space:

@@ -42,6 +42,12 @@ def scale(V: Vectors, factor: float) -> Vectors:
     return {name: part * factor for name, part in V.items()}
 
 
+def scale_(V: Vectors, factor: float) -> None:
+    """V *= factor, in place."""
+    for part in V.values():
+        part.mul_(factor)
+
+
 def multiply(U: Vectors, V: Vectors) -> Vectors:
     """The entrywise product U * V."""
     return {name: U[name] * V[name] for name in U}
