@@ -131,7 +131,6 @@ def test_helpers_on_several_vectors(space: Space) -> None:
 
     assert vectors.count(U) == 2
     assert torch.equal(dense(vectors.columns(U, 1, 2)), X[:, 1:2])
-    assert torch.equal(dense(vectors.concatenate([U, V])), torch.cat([X, Y], 1))
     assert torch.allclose(dense(vectors.add(U, V, -0.5)), X - 0.5 * Y)
     assert torch.allclose(dense(vectors.scale(U, 3.0)), 3 * X)
     assert torch.allclose(dense(vectors.multiply(U, V)), X * Y)

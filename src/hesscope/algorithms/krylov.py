@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -91,13 +93,15 @@ class Krylov:
         return values, S
 
     def _negligible(self) -> float:
-        """Below this, beta is the rounding of the vectors and not a direction.
+        """Below this, beta is rounding and not a direction: of the basis (by |A|), or of the last product (by |A q_m|).
 
         The vectors' rounding, not the parameters': behind an outlier beta is soon a few percent of it, which for
         half-precision parameters would pass for rounding. A direction that is noise of the product does no harm.
         """
+        eps = torch.finfo(self._H.dtype).eps
         scale = max(*map(abs, self.alphas), *self.betas, 0.0)
-        return 10 * torch.finfo(self._H.dtype).eps * scale
+        product = math.hypot(self.alphas[-1], self.betas[-1] if self.betas else 0.0)
+        return max(10 * eps * scale, 100 * eps * product)
 
     def _orthogonal(self, w: Vectors) -> Vectors:
         space, Q = self._H.space, vectors.columns(self._rows, 0, self.m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def sequences_of(
     if source.kind == "rows" or pack:
         found = _windows(source, tokenizer, length, sequences)
     else:
-        texts = [t for t in source.items if t][:sequences]
-        found = [ids for t in texts if len(ids := _encode(tokenizer, t, truncate_to=length)) > 1]
+        encoded = (_encode(tokenizer, t, truncate_to=length) for t in source.items if t)
+        found = list(islice((ids for ids in encoded if len(ids) > 1), None if sequences is None else max(sequences, 1)))
         if not found:
             raise HesscopeError(f"Expected texts of at least two tokens in {source.name}; there is none.")
     return require_sequences(found, sequences, source.name)

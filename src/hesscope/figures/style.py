@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import textwrap
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,14 @@ def look() -> AbstractContextManager[Any]:
     return matplotlib.style.context(["default", _LOOK])  # type: ignore[no-any-return]
 
 
-def new_figure(width: float, height: float, title: str, subtitle: str = "", footer: str = "") -> Figure:
-    """An empty figure of `width` x `height` inches, plus room for a title, a grey subtitle and a small footer."""
-    above, below = _wrap(subtitle, width, 0.074), _wrap(footer, width, 0.058)
+def new_figure(
+    width: float, height: float, title: str, subtitle: Sequence[str] = (), footer: Sequence[str] = ()
+) -> Figure:
+    """An empty figure of `width` x `height` inches, plus room for a title, a grey subtitle and a small footer.
+
+    Subtitle and footer come in parts; lines break between parts.
+    """
+    above, below = wrap(subtitle, (width - 2 * _MARGIN) / 0.0705), wrap(footer, (width - 2 * _MARGIN) / 0.0545)
     top = _MARGIN + _TITLE + _LINE * len(above)
     bottom = _MARGIN + _FOOTER * len(below)
     whole = height + top + bottom
@@ -98,5 +104,13 @@ def _metadata(form: str) -> dict[str, None]:
     return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(form, {})
 
 
-def _wrap(text: str, width: float, per_letter: float) -> list[str]:
-    return textwrap.wrap(text, max(int((width - 2 * _MARGIN) / per_letter), 12))
+def wrap(parts: Sequence[str], letters: float) -> list[str]:
+    """Lines of at most so many letters: parts joined by dots, broken between parts, inside one only where it must be."""
+    lines: list[str] = []
+    for part in (piece for part in parts if part for piece in textwrap.wrap(part, max(int(letters), 12))):
+        joined = f"{lines[-1]}  ·  {part}" if lines else part
+        if lines and len(joined) <= letters:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return lines

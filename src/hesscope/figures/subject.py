@@ -54,16 +54,16 @@ def operator_name(result: Result) -> str:
 
 
 def entry_symbol(result: Result) -> str:
-    """What an entry of the matrix is called."""
+    """What an entry of the matrix is called, as matplotlib writes it."""
     if _kind(result) == "hessian":
         risk = "P" if objective_of(result) == "perplexity" else "R"
-        return f"∂²{risk} / ∂θᵢ ∂θⱼ"
-    return f"{_LETTERS.get(_kind(result), 'A')}ᵢⱼ"
+        return f"∂²{risk} / ∂θ$_i$ ∂θ$_j$"
+    return f"{_LETTERS.get(_kind(result), 'A')}$_{{ij}}$"
 
 
 def diagonal_symbol(result: Result) -> str:
     """What an entry of the diagonal is called."""
-    return entry_symbol(result).replace("∂θᵢ ∂θⱼ", "∂θᵢ²").replace("ᵢⱼ", "ᵢᵢ")
+    return entry_symbol(result).replace("∂θ$_i$ ∂θ$_j$", "∂θ$_i^2$").replace("ij", "ii")
 
 
 def unit(result: Result) -> str:
@@ -100,7 +100,7 @@ def selection_line(result: Result) -> str:
     return f"{name} ({shape}{f' of {whole}' if whole else ''})"
 
 
-def footer(result: Result) -> str:
+def footer(result: Result) -> list[str]:
     """Model, data, cost and fingerprint: what a figure needs to be told apart from its like."""
     problem = problem_of(result)
     parts = [model_name(problem), str(problem.get("data") or "")]
@@ -109,7 +109,7 @@ def footer(result: Result) -> str:
     parts.append(result.cost_line())
     if "fingerprint" in problem:
         parts.append(f"fingerprint {str(problem['fingerprint'])[:8]}")
-    return "  ·  ".join(part for part in parts if part)
+    return [part for part in parts if part]
 
 
 def _kind(result: Result) -> str:

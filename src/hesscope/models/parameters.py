@@ -24,8 +24,8 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def state_key(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a parameter is written in place or its storage is replaced; cheap to compute."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+    """Changes whenever a parameter or buffer is written in place or its storage is replaced; cheap to compute."""
+    return tuple((t.data_ptr(), t._version) for t in [*model.parameters(), *model.buffers()])
 
 
 def fingerprint(model: nn.Module) -> str:

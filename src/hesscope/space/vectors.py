@@ -21,11 +21,6 @@ def columns(V: Vectors, start: int, stop: int) -> Vectors:
     return {name: part[start:stop] for name, part in V.items()}
 
 
-def concatenate(several: list[Vectors]) -> Vectors:
-    """All vectors of several collections, in order."""
-    return {name: torch.cat([V[name] for V in several]) for name in several[0]}
-
-
 def add(U: Vectors, V: Vectors, factor: float = 1.0) -> Vectors:
     """U + factor * V."""
     return {name: torch.add(U[name], V[name], alpha=factor) for name in U}
