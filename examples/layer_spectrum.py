@@ -1,7 +1,4 @@
-"""The spectrum of one layer against that of the whole model, on the trained model that comes with hesscope.
-
-Run it with `python examples/layer_spectrum.py`; figures go to runs/layer-spectrum.
-"""
+"""The spectrum of one layer against the whole of the model that comes along: `python examples/layer_spectrum.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def main(output_dir: Path) -> None:
         # The Hessian of a selection is a diagonal block of the whole one: its spectrum lies inside the whole one's.
         H = hs.hessian(problem, space)
         ends = hs.eigs(H, k=2, which="BE", tol=1e-2)
-        spectrum = hs.density(H, probes=3, steps=25)
+        spectrum = hs.density(H, probes=3, steps=20)
         spectrum.plot(output_dir / f"{title.replace(' ', '-').replace(',', '')}.png")
         largest, smallest = ends.eigenvalues.tolist()
         mean, error = spectrum.moments[0].item(), spectrum.moments_standard_error[0].item()

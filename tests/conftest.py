@@ -25,6 +25,7 @@ def stories() -> tuple[Path, Path]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and the tokenizer of `characters`, saved as Hugging Face does; the weights are stored in bfloat16."""
     import torch
+
     from architectures import tiny
     from characters import tokenizer
 

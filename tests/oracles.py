@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Derivatives:
     @property
     def perplexity_hessian(self) -> Tensor:
         """The Hessian of exp(R): exp(R) (H + g g^T)."""
-        return Tensor.exp(torch.tensor(self.risk)) * (self.hessian + torch.outer(self.gradient, self.gradient))
+        return math.exp(self.risk) * (self.hessian + torch.outer(self.gradient, self.gradient))
 
 
 def derivatives(risk: Tensor, parameters: Sequence[Tensor], picked: list[tuple[int, int]] | None = None) -> Derivatives:

@@ -6,10 +6,10 @@ import importlib
 
 import pytest
 import torch
-from spectra import SPECTRA, Counted, generic, symmetric
 
 import hesscope as hs
 from hesscope.algorithms import budget as budget_module
+from spectra import SPECTRA, Counted, generic, symmetric
 
 
 @pytest.mark.parametrize("name", SPECTRA)

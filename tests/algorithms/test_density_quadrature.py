@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra import SPECTRA, Counted, generic, symmetric
 from torch import Tensor
 
 import hesscope as hs
+from spectra import SPECTRA, Counted, generic, symmetric
 
 F64 = torch.float64
 

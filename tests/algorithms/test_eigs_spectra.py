@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import eigsh
-from spectra import SPECTRA, Counted, generic, noisy, symmetric
 from torch import Tensor
 
 import hesscope as hs
 from hesscope.results import Eigenpairs
+from spectra import SPECTRA, Counted, generic, noisy, symmetric
 
 WHICH = ("LM", "LA", "SA", "BE")
 

@@ -10,11 +10,11 @@ from functools import cache
 
 import pytest
 import torch
-from spectra import generic
 from torch import Tensor
 
 import hesscope as hs
 from hesscope.results import Diagonal, Trace
+from spectra import generic
 
 SEEDS = 1000
 BUDGETS = (8, 40)

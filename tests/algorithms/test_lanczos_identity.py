@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra import SPECTRA, Counted, generic, symmetric
 
 import hesscope as hs
+from spectra import SPECTRA, Counted, generic, symmetric
 
 F64 = torch.float64
 

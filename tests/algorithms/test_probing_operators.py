@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from spectra import Counted, generic, noisy, symmetric
 from torch import Tensor
 
 import hesscope as hs
 from hesscope.algorithms.probing import probe, tolerated
+from spectra import Counted, generic, noisy, symmetric
 
 Product = Callable[[Tensor], Tensor]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -50,10 +50,18 @@ def test_a_map_without_symmetry_is_refused_at_any_size(dtype: torch.dtype, n: in
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float64", "float32"])
 def test_an_error_of_two_percent_in_some_rows_is_refused(dtype: torch.dtype) -> None:
+    """By most pairs of vectors: <u, Hv> - <v, Hu> is a normal number of deviation 0.01 |Hv| and may come out small."""
     A = generic(400).to(dtype)
     A[:80] *= 1.02
-    with pytest.raises(hs.HesscopeError, match="second derivative is wrong"):
-        probe(function(lambda X: A @ X, 400, dtype))
+
+    def refused(seed: int) -> bool:
+        try:
+            probe(function(lambda X: A @ X, 400, dtype), seed)
+        except hs.HesscopeError as error:
+            return "second derivative is wrong" in str(error)
+        return False
+
+    assert sum(map(refused, range(20))) >= 15
 
 
 @every_dtype

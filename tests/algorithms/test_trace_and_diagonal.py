@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from spectra import SPECTRA, Counted, generic, symmetric
 from torch import Tensor
 
 import hesscope as hs
 from hesscope.algorithms import budget as budget_module
+from spectra import SPECTRA, Counted, generic, symmetric
 
 F64 = torch.float64
 both = pytest.mark.parametrize("estimate", [hs.trace, hs.diagonal], ids=["trace", "diagonal"])

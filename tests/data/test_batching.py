@@ -49,7 +49,10 @@ def test_given_labels_are_left_as_they_are() -> None:
 
 
 def test_the_token_after_left_padding_has_nothing_before_it() -> None:
-    batch = {"input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4])}
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
+    }
     labels = with_labels(batch)["labels"]
     assert labels.tolist() == [[-100, -100, -100, 6], [7, 8, 9, 4]]
     assert valid_targets(labels) == 1 + 3
@@ -72,7 +75,10 @@ def test_the_first_label_of_a_sequence_never_counts() -> None:
         ({"input_ids": torch.zeros(3).long()}, r"input_ids of batch 1 .* \[sequences, length\], got \[3\]"),
         ({"input_ids": torch.zeros(1, 3)}, "input_ids of batch 1 to be whole numbers"),
         ({"input_ids": torch.zeros(1, 9).long()}, "batch 1 to have at most 8 tokens, the model's context, got 9"),
-        ({"input_ids": torch.tensor([[0, 20]])}, "input_ids of batch 1 between 0 and 19, the model's vocabulary, got 0..20"),
+        (
+            {"input_ids": torch.tensor([[0, 20]])},
+            "input_ids of batch 1 between 0 and 19, the model's vocabulary, got 0..20",
+        ),
         ({"input_ids": torch.tensor([[0, -1]])}, "input_ids of batch 1 between 0 and 19"),
         (
             {"input_ids": torch.tensor([[0, 1]]), "labels": torch.tensor([[-100, 20]])},

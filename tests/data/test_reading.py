@@ -73,7 +73,7 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
     assert read(tmp_path / "splits", split="train").items == TEXTS
     assert read(tmp_path / "files", split="train").items == TEXTS
     for name in ("splits", "files"):
-        with pytest.raises(hs.HesscopeError, match="Expected split= for the dataset .*, which has train"):
+        with pytest.raises(hs.HesscopeError, match=r"Expected split= for the dataset .*, which has train"):
             read(tmp_path / name)
         with pytest.raises(hs.HesscopeError, match=f"Could not read the dataset .*{name}.*: .*nope"):
             read(tmp_path / name, split="nope")
@@ -124,7 +124,10 @@ def test_a_list_of_texts() -> None:
         (torch.ones(2, 2), r"token ids of shape \[sequences, length\], got torch.float32 of shape \[2, 2\]"),
         (torch.ones(4).long(), r"token ids of shape \[sequences, length\], got torch.int64 of shape \[4\]"),
         ([torch.ones(1, 2)], "token ids of shape"),
-        (Dataset.from_dict({"body": ["x"]}), "Expected a column 'text' \\(or input_ids\\) in the dataset, found body; pass text_column="),
+        (
+            Dataset.from_dict({"body": ["x"]}),
+            "Expected a column 'text' \\(or input_ids\\) in the dataset, found body; pass text_column=",
+        ),
         (Dataset.from_dict({"text": ["x", None]}), "row 1 is NoneType"),
         (DatasetDict({"train": Dataset.from_dict({"text": ["x"]})}), "got all of train; pass dataset\\[split\\]"),
     ],
@@ -136,17 +139,19 @@ def test_complaints(data: Any, message: str) -> None:
 
 def test_files_that_are_not_what_they_seem(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(hs.HesscopeError, match="Expected x.txt to be UTF-8 text"):
+    with pytest.raises(hs.HesscopeError, match=r"Expected x.txt to be UTF-8 text"):
         read(tmp_path / "x.txt")
     (tmp_path / "x.csv").write_text("a,b", encoding="utf-8")
-    with pytest.raises(hs.HesscopeError, match="ending in .jsonl, .parquet, .txt, got 'x.csv'"):
+    with pytest.raises(hs.HesscopeError, match=r"ending in .jsonl, .parquet, .txt, got 'x.csv'"):
         read(tmp_path / "x.csv")
     for row in ({"body": "x"}, ["x"], 3):
         path = write_jsonl(tmp_path / "x.jsonl", [{"text": "x"}, row])
-        with pytest.raises(hs.HesscopeError, match="Expected line 2 of x.jsonl to be a JSON object with 'text'; pass text_column="):
+        with pytest.raises(
+            hs.HesscopeError, match=r"Expected line 2 of x.jsonl to be a JSON object with 'text'; pass text_column="
+        ):
             read(path)
     (tmp_path / "x.jsonl").write_text("{", encoding="utf-8")
-    with pytest.raises(hs.HesscopeError, match="Expected line 1 of x.jsonl"):
+    with pytest.raises(hs.HesscopeError, match=r"Expected line 1 of x.jsonl"):
         read(tmp_path / "x.jsonl")
     write_jsonl(tmp_path / "x.jsonl", [{"text": None}])
     with pytest.raises(hs.HesscopeError, match="row 0 is NoneType"):

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from characters import BEGIN, ids, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import hesscope as hs
+from characters import BEGIN, ids, tokenizer
 from hesscope.data import Source, sequences_of
 from hesscope.data.tokens import require_sequences
 

@@ -13,6 +13,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", flags=re.M | re.S)
 
 
+def page_name(page: Path) -> str:
+    """The page's path inside the project, to name a test by."""
+    return page.relative_to(ROOT).as_posix()
+
+
 @dataclass(frozen=True)
 class Block:
     """One fenced block. `line` is where its first line stands in the page."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer
-from markdown_blocks import PAGES, blocks, commands
+from markdown_blocks import PAGES, ROOT, blocks, commands, page_name
 
 from hesscope.cli.app import app
 from hesscope.cli.main import run
 
 VERBS = typer.main.get_command(app).commands
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+pages = pytest.mark.parametrize("page", PAGES, ids=page_name)
 
 
 @pytest.fixture
@@ -49,9 +51,16 @@ def test_the_commands_on_the_embedded_model_run(
             assert run(arguments) == 0, f"{page.name}: hesscope {' '.join(arguments)}\n{capsys.readouterr().err}"
 
 
+def test_the_page_on_the_command_line_names_every_verb_and_option() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    options = {flag for verb in VERBS.values() for p in verb.params for flag in p.opts if flag.startswith("-")}
+    missing = [flag for flag in sorted(options) if not re.search(rf"`{flag}[` ]", page)]
+    assert [verb for verb in VERBS if f"`{verb}" not in page] + missing == []
+
+
 def runs_here(arguments: list[str]) -> bool:
     """On the embedded model, by flags or by a file of options; or shows what an earlier command wrote."""
-    on_demo = any(pair == ("--model", "demo") for pair in zip(arguments, arguments[1:], strict=False))
+    on_demo = ("--model", "demo") in pairwise(arguments)
     return on_demo or "--config" in arguments or (arguments[0] == "show" and Path(arguments[1]).is_dir())
 
 

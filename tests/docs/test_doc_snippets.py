@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markdown_blocks import PAGES, blocks
+from markdown_blocks import PAGES, blocks, page_name
 
 ONLY_COMPILED = "# needs the Hub"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import ragged_batches, tiny
-from oracles import relative
 from torch import nn
 
 import hesscope as hs
+from architectures import ragged_batches, tiny
 from hesscope.models import borrowed
 from hesscope.models.borrow import attention_note
+from oracles import relative
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 

@@ -10,14 +10,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from architectures import CONTEXT, VOCABULARY, ragged_batches, tiny
-from characters import ids, tokenizer
 from datasets import Dataset
-from oracles import keeping_double, mean_nll, relative
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import hesscope as hs
+from architectures import CONTEXT, VOCABULARY, ragged_batches, tiny
+from characters import ids, tokenizer
+from oracles import causal_lm_products, keeping_double, mean_nll, relative
 
 TEXTS = ["abc. def", "ghij", "klmnopqrstu vwxyz."]
 JOINED = "\n\n".join(TEXTS)
@@ -67,7 +67,11 @@ FORMS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "token lists": (lambda f: [ids(c).tolist() for c in CUT], {}, CUT),
     "tokenised dataset": (lambda f: Dataset.from_dict({"input_ids": [ids(c).tolist() for c in CUT]}), {}, CUT),
     "batches": (lambda f: [{"input_ids": ids(c)[None]} for c in CUT], {}, CUT),
-    "batches, the first rows": (lambda f: [{"input_ids": ids("abcdef").reshape(3, 2)}] * 2, {"sequences": 4}, ["ab", "cd", "ef", "ab"]),
+    "batches, the first rows": (
+        lambda f: [{"input_ids": ids("abcdef").reshape(3, 2)}] * 2,
+        {"sequences": 4},
+        ["ab", "cd", "ef", "ab"],
+    ),
     "generator of batches": (lambda f: ({"input_ids": ids(c)[None]} for c in CUT), {}, CUT),
     "data loader": (
         lambda f: DataLoader([{"input_ids": ids(w)} for w in WINDOWS], batch_size=2),
@@ -82,7 +86,7 @@ def test_the_risk_is_the_mean_over_the_tokens_of_every_form_of_data(form: str, f
     make, options, sequences = FORMS[form]
     model = tiny("llama", torch.float32)
     problem = hs.causal_lm(model, make(files), tokenizer=tokenizer(), length=LENGTH, batch_size=2, **options)
-    assert problem.N == sum(len(s) - 1 for s in sequences)
+    assert sum(len(s) - 1 for s in sequences) == problem.N
     assert problem.risk() == pytest.approx(expected_risk(model, sequences), rel=ROUNDING)
 
 
@@ -146,7 +150,9 @@ def test_explicit_labels_are_obeyed() -> None:
     model = tiny("gpt2")
     ids_ = torch.tensor([[5, 6, 7, 8]])
     labels = torch.tensor([[-100, 9, -100, 11]])
-    problem = hs.causal_lm(model, [{"input_ids": ids_, "labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 0]])}])
+    problem = hs.causal_lm(
+        model, [{"input_ids": ids_, "labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 0]])}]
+    )
     with torch.no_grad():
         log_p = model(input_ids=ids_, attention_mask=torch.tensor([[1, 1, 1, 0]])).logits.log_softmax(-1)
     assert problem.N == 2
@@ -202,7 +208,6 @@ def test_one_changed_weight_gives_another_fingerprint() -> None:
     problem = hs.causal_lm(model, ragged_batches())
     before = problem.fingerprint
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4].nextafter_(torch.tensor(9.0, dtype=torch.float64)) if False else None
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-12
     assert problem.fingerprint != before
     assert problem.fingerprint == hs.causal_lm(model, ragged_batches()).fingerprint
@@ -292,19 +297,30 @@ def test_models_over_several_devices_are_refused() -> None:
     model = tiny("llama")
     model.lm_head.to_empty(device="meta")
     model.model.norm.to_empty(device="meta")
-    with pytest.raises(hs.HesscopeError, match="all parameters on one device, found cpu, meta; .* without device_map"):
+    with pytest.raises(hs.HesscopeError, match=r"all parameters on one device, found cpu, meta; .* without device_map"):
         hs.causal_lm(model, ragged_batches())
+
+
+def test_half_precision_works_on_float32_vectors() -> None:
+    """bfloat16 keeps eight bits of each number; the loss itself is taken in float32."""
+    model = tiny("gpt2", torch.bfloat16)
+    v = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    product = hs.hessian(hs.causal_lm(model, ragged_batches())) @ v
+    (expected,) = causal_lm_products(model, ragged_batches(), [v])
+    assert {part.dtype for part in product.values()} == {torch.float32}
+    ours, theirs = (torch.cat([x[name].double().reshape(-1) for name in v]) for x in (product, expected))
+    assert 1e-4 < relative(ours, theirs) < 0.05
 
 
 # ---- dropout
 
 
 def test_a_model_that_would_drop_is_refused() -> None:
-    with pytest.raises(hs.HesscopeError, match="without active dropout, but .* is in training mode.*call model.eval"):
+    with pytest.raises(hs.HesscopeError, match=r"without active dropout, but .* is in training mode.*call model.eval"):
         hs.causal_lm(tiny("gpt2").train(), ragged_batches())
     partly = tiny("gpt2")
     partly.transformer.h[1].mlp.dropout.train()
-    with pytest.raises(hs.HesscopeError, match="'transformer.h.1.mlp.dropout' is in training mode"):
+    with pytest.raises(hs.HesscopeError, match=r"'transformer.h.1.mlp.dropout' is in training mode"):
         hs.causal_lm(partly, ragged_batches())
     # Attention reads its rate from the configuration, without a module.
     with pytest.raises(hs.HesscopeError, match="is in training mode"):
@@ -354,7 +370,7 @@ def test_longer_than_the_context() -> None:
 
 def test_a_short_text_file_is_refused_and_short_separate_texts_are_not(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("abc", encoding="utf-8")
-    with pytest.raises(hs.HesscopeError, match="x.txt to hold at least one window of 6 tokens, but it has 3"):
+    with pytest.raises(hs.HesscopeError, match=r"x.txt to hold at least one window of 6 tokens, but it has 3"):
         hs.causal_lm(tiny("gpt2"), tmp_path / "x.txt", tokenizer=tokenizer(), length=6)
     assert hs.causal_lm(tiny("gpt2"), ["abc", "de"], tokenizer=tokenizer(), length=6).N == 3
 
@@ -367,11 +383,19 @@ def test_a_short_text_file_is_refused_and_short_separate_texts_are_not(tmp_path:
         (TEXTS, {"tokenizer": tokenizer(), "batch_size": 0}, "batch_size to be at least 1"),
         (TEXTS, {"tokenizer": tokenizer(), "sequences": 4}, "Expected 4 sequences, but .* holds only 3"),
         (torch.ones(2, 3).long(), {"sequences": 3}, "Expected 3 sequences, but .* holds only 2"),
-        ([{"input_ids": torch.ones(2, 3).long()}], {"sequences": 3}, "Expected 3 sequences, but the batches holds only 2"),
+        (
+            [{"input_ids": torch.ones(2, 3).long()}],
+            {"sequences": 3},
+            "Expected 3 sequences, but the batches holds only 2",
+        ),
         (torch.full((1, 3), VOCABULARY), {}, f"between 0 and {VOCABULARY - 1}, the model's vocabulary"),
         (torch.ones(1, 3).long(), {"objective": "ppl"}, "Expected objective to be 'nll' or 'perplexity', got 'ppl'"),
         (torch.ones(1, 3).long(), {"dropout": "on"}, "Expected dropout to be 'off' or 'frozen', got 'on'"),
-        (torch.ones(1, 3).long(), {"dtype": "float8"}, "Expected dtype to be one of float64, float32, bfloat16, float16, got 'float8'"),
+        (
+            torch.ones(1, 3).long(),
+            {"dtype": "float8"},
+            "Expected dtype to be one of float64, float32, bfloat16, float16, got 'float8'",
+        ),
     ],
 )
 def test_complaints(data: Any, options: dict[str, Any], message: str) -> None:
@@ -386,18 +410,20 @@ def test_no_valid_target_at_all() -> None:
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
-    with pytest.raises(hs.HesscopeError, match="to be a model folder with a config.json, or a Hub id"):
+    with pytest.raises(hs.HesscopeError, match=r"to be a model folder with a config.json, or a Hub id"):
         hs.causal_lm(tmp_path, TEXTS)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
-    with pytest.raises(hs.HesscopeError, match="Could not load a tokenizer from .*; pass tokenizer=, or data as token ids"):
+    with pytest.raises(
+        hs.HesscopeError, match=r"Could not load a tokenizer from .*; pass tokenizer=, or data as token ids"
+    ):
         hs.causal_lm(tmp_path, TEXTS)
     assert hs.causal_lm(tmp_path, torch.ones(1, 3).long()).N == 2
 
 
 def test_a_broken_model_folder_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(hs.HesscopeError, match="Could not load .* as a causal language model: \\S"):
+    with pytest.raises(hs.HesscopeError, match=r"Could not load .* as a causal language model: \S"):
         hs.causal_lm(tmp_path, TEXTS)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ragged_batches, tiny
-from oracles import causal_lm, relative
 from torch import nn
 
 import hesscope as hs
+from architectures import ragged_batches, tiny
 from hesscope.problem.selection import parse_index
+from oracles import causal_lm, relative
 
 
 class Tied(nn.Module):
@@ -143,7 +143,13 @@ def test_an_indexed_text_selects_what_brackets_read(model: Tied) -> None:
 
 def test_labels_are_in_the_order_of_flat_vectors(model: Tied) -> None:
     space = hs.select(model, {"layers.0.bias": [2, 0], "scale": None, "layers.1.weight": (1, slice(1, 3))})
-    assert space.labels == ["scale", "layers.0.bias[2]", "layers.0.bias[0]", "layers.1.weight[1, 1]", "layers.1.weight[1, 2]"]
+    assert space.labels == [
+        "scale",
+        "layers.0.bias[2]",
+        "layers.0.bias[0]",
+        "layers.1.weight[1, 1]",
+        "layers.1.weight[1, 2]",
+    ]
     v = space.unflatten(torch.arange(5.0)[:, None])
     assert v["scale"].tolist() == [0.0]
     assert v["layers.0.bias"].tolist() == [[1.0, 2.0]]
@@ -195,7 +201,7 @@ def test_nothing_trainable_is_said(model: Tied) -> None:
 
 def test_whole_numbers_cannot_be_selected(model: Tied) -> None:
     model.packed = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(hs.HesscopeError, match="floating-point parameters, but packed is torch.int8"):
+    with pytest.raises(hs.HesscopeError, match=r"floating-point parameters, but packed is torch.int8"):
         hs.select(model, "packed")
 
 
@@ -221,7 +227,7 @@ def test_a_selection_is_a_sub_block_of_the_whole_in_its_own_order(full: tuple[An
     part = hs.select(
         problem,
         {"gpt_neox.embed_in.weight": [141, 3, 77], dense: (slice(2, 12, 3), slice(1, 3))},
-        "*.final_layer_norm.weight[1:3]",
+        "gpt_neox.final_layer_norm.weight[1:3]",
         "*.mlp.dense_4h_to_h.*",
     )
     where = {label: i for i, label in enumerate(everything.labels)}

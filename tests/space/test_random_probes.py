@@ -46,7 +46,12 @@ def test_another_seed_stream_or_name_gives_other_values(kind: str) -> None:
 
 
 def test_names_and_streams_do_not_run_into_one_another() -> None:
-    keys = {random.stream_key(1, 2, "w"), random.stream_key(12, "w"), random.stream_key(1, "2w"), random.stream_key(1, "2", "w")}
+    keys = {
+        random.stream_key(1, 2, "w"),
+        random.stream_key(12, "w"),
+        random.stream_key(1, "2w"),
+        random.stream_key(1, "2", "w"),
+    }
     assert len(keys) == 3  # an integer and its text are the same stream
 
 

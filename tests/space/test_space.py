@@ -34,7 +34,12 @@ def random_matrix(columns: int, seed: int = 0) -> Tensor:
 def test_flatten_undoes_unflatten(space: Space) -> None:
     X = random_matrix(5)
     V = space.unflatten(X)
-    assert {name: tuple(part.shape) for name, part in V.items()} == {"a": (5,), "b": (5, 2, 3), "c": (5, 3), "d": (5, 2, 2)}
+    assert {name: tuple(part.shape) for name, part in V.items()} == {
+        "a": (5,),
+        "b": (5, 2, 3),
+        "c": (5, 3),
+        "d": (5, 2, 2),
+    }
     assert torch.equal(space.flatten(V), X)
     assert V["a"].tolist() == X[0].tolist()
     assert torch.equal(V["b"][3], X[1:7, 3].reshape(2, 3))
@@ -114,7 +119,7 @@ def test_dictionaries_are_read_by_name_and_shape(space: Space) -> None:
 
 def test_dictionaries_that_do_not_fit_are_refused(space: Space) -> None:
     good = {name: part[0] for name, part in space.zeros().items()}
-    with pytest.raises(hs.HesscopeError, match="needs exactly the 4 names in space.names; b is missing"):
+    with pytest.raises(hs.HesscopeError, match=r"needs exactly the 4 names in space.names; b is missing"):
         space.from_dict({name: part for name, part in good.items() if name != "b"})
     with pytest.raises(hs.HesscopeError, match="e is missing or not one of them"):
         space.from_dict({**good, "e": torch.zeros(2)})

@@ -3,7 +3,8 @@
     H v ~ (g(theta + h v) - g(theta - h v)) / 2h,    h = (3 eps)^(1/3) * (1 + |theta|) / |v|
 
 (Dennis and Schnabel, 1983, section 5.4, with the step of the coordinate-free form). The product reported is Richardson's
-extrapolation of steps h and 2h; their difference bounds its error where rounding does not dominate.
+extrapolation of steps h and 2h, and twice their difference estimates its error. Where rounding dominates, the finer quotient
+carries r of it and the coarser r / 2, so that the extrapolation errs by 1.3 r and the two differ by 1.1 r.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _Differences(Linearization):
         self.bytes, self.unused = 0, []
         with torch.no_grad():
             self.total = float(problem.total(b)[0])
-        #: Relative difference of the two step sizes, the largest seen.
+        #: Estimated relative error of a product, the largest so far.
         self.error = 0.0
         self._eps: float | None = None
 
@@ -58,11 +59,11 @@ class _Differences(Linearization):
         return best
 
     def _extrapolated(self, v: Vectors, step: float) -> tuple[Vectors, float]:
-        """Richardson's extrapolation of steps h and 2h, and its relative distance from the finer one."""
+        """Richardson's extrapolation of steps h and 2h, and twice the relative difference of the two."""
         fine, coarse = self._quotient(v, step), self._quotient(v, 2 * step)
         best = vectors.add(vectors.scale(fine, 4 / 3), coarse, -1 / 3)
         scale = float(self._space.norms(best))
-        return best, float(self._space.norms(vectors.add(best, fine, -1.0))) / scale if scale > 0 else 0.0
+        return best, 2 * float(self._space.norms(vectors.add(fine, coarse, -1.0))) / scale if scale > 0 else 0.0
 
     def _step(self, eps: float) -> float:
         """Balances the rounding of gradients (eps / h) against the cubic term (h^2)."""

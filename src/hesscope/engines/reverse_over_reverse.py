@@ -86,7 +86,8 @@ class _SavedBytes:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor
+        # The tensor itself would tie a node to its own output, a cycle that nothing frees.
+        return tensor.detach()
 
     def unpack(self, tensor: Tensor) -> Tensor:
         return tensor

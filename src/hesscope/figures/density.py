@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from hesscope.figures import subject
+from hesscope.figures.numbers import number, with_error
 from hesscope.figures.outliers import Outlier, outliers
 from hesscope.figures.scales import Array, array
 from hesscope.figures.style import INK, MUTED, NEGATIVE, POSITIVE, look, new_figure, save, sign_colours
@@ -16,8 +18,8 @@ from hesscope.results.density import Density
 
 #: The picture ends where the curve falls below this part of the peak of one eigenvalue.
 _FLOOR = 0.03
-_MOST_NAMED = 5  # outliers named at either end
-_APART = 0.045  # of the width, between two names
+_MOST_NAMED = 8  # outliers named at either end
+_APART = 0.02  # of the width, between two names
 
 
 def draw_density(density: Density, path: Path) -> Path:
@@ -30,32 +32,31 @@ def draw_density(density: Density, path: Path) -> Path:
         HesscopeError: the path ends in something other than .png, .pdf and .svg.
     """
     nodes, weights = array(density.nodes), array(density.weights)
-    apart = outliers(nodes, weights, density.size)
+    above, below = outliers(nodes, weights, density.size)
     with look():
-        figure = new_figure(7.4, 4.6, _title(density), _subtitle(density, apart), subject.footer(density))
+        figure = new_figure(7.6, 4.6, _title(density), _subtitle(density, len(above + below)), subject.footer(density))
         rug_height = min(0.12 + 0.05 * len(nodes), 0.4)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1, rug_height])
         _curve(upper, density)
-        _name(upper, density, apart)
+        _name(upper, density, above)
+        _name(upper, density, below)
         _rug(lower, nodes, weights)
         lower.set_xlabel(subject.with_unit("eigenvalue λ", density))
         return save(figure, path)
 
 
 def _title(density: Density) -> str:
-    trace, error = density.trace
-    name = subject.operator_name(density)
-    return f"Spectral density of the {name}, trace {trace:.4g} ± {error:.2g}".replace("-", "\N{MINUS SIGN}")
+    return f"Spectral density of the {subject.operator_name(density)}, trace {with_error(*density.trace)}"
 
 
-def _subtitle(density: Density, apart: list[Outlier]) -> list[str]:
+def _subtitle(density: Density, apart: int) -> list[str]:
     probes, steps = density.nodes.shape
-    found = f"{len(apart)} outlying eigenvalue{'s' if len(apart) != 1 else ''}"
+    found = f"{apart} outlying eigenvalue{'s' if apart != 1 else ''}"
     band = "band: ±2 standard errors" if probes > 1 else "one probe: no error known"
     return [
         subject.selection_line(density) or f"{density.size:,} coordinates",
         f"{probes} probe{'s' if probes != 1 else ''} of {steps} steps",
-        f"smoothed by {density.bandwidth:.2g}",
+        f"smoothed by {number(density.bandwidth, 2)}",
         band,
         found if apart else "",
     ]
@@ -73,27 +74,28 @@ def _curve(axes: Any, density: Density) -> None:
         axes.plot(np.where(side, grid, np.nan), curve, color=colour, linewidth=1.3)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlim(grid[0], grid[-1])
-    axes.set_ylim(floor, float(high.max()) * 3)
+    axes.set_ylim(floor, float(high.max()) * 6)
     axes.set_ylabel("density of eigenvalues")
 
 
 def _name(axes: Any, density: Density, apart: list[Outlier]) -> None:
-    """A triangle on every outlier, and its value where there is room: the outermost first."""
+    """A triangle on every outlier of one end, and its value where there is room: the outermost first."""
     grid, mean = array(density.grid), array(density.density)
-    width = grid[-1] - grid[0]
     named: list[float] = []
-    for side in (1, -1):
-        ordered = sorted((o for o in apart if side * (o.value - grid.mean()) > 0), key=lambda o: -side * o.value)
-        for outlier in ordered:
-            height = float(np.interp(outlier.value, grid, mean))
-            colour = sign_colours([outlier.value])[0]
-            axes.plot(outlier.value, height * 1.6, marker="v", markersize=4.5, color=colour, clip_on=False)
-            room = all(abs(outlier.value - other) > _APART * width for other in named)
-            if room and len(named) < _MOST_NAMED * (1 if side > 0 else 2):
-                named.append(outlier.value)
-                text = f"{outlier.value:.3g}".replace("-", "\N{MINUS SIGN}")
-                axes.annotate(text, (outlier.value, height * 1.6), xytext=(0, 5), textcoords="offset points",
-                              ha="center", va="bottom", fontsize=7.5, color=colour)  # fmt: skip
+    for outlier in apart:
+        height = 1.6 * float(np.interp(outlier.value, grid, mean))
+        colour = sign_colours([outlier.value])[0]
+        axes.plot(outlier.value, height, marker="v", markersize=4.5, color=colour, clip_on=False)
+        room = all(abs(outlier.value - other) > _APART * (grid[-1] - grid[0]) for other in named)
+        if room and len(named) < _MOST_NAMED:
+            named.append(outlier.value)
+            _write(axes, outlier.value, height, colour)
+
+
+def _write(axes: Any, value: float, height: float, colour: str) -> None:
+    halo = [withStroke(linewidth=2, foreground="white")]
+    axes.annotate(number(value, 3), (value, height), xytext=(0, 6), textcoords="offset points", ha="center", va="bottom",
+                  rotation=90, fontsize=7.5, color=colour, path_effects=halo)  # fmt: skip
 
 
 def _rug(axes: Any, nodes: Array, weights: Array) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from hesscope.figures import segments, subject
 from hesscope.figures.names import FEW_ROWS, name_axes
-from hesscope.figures.scales import Array, array, magnitude_norm, mark, signed_norm
+from hesscope.figures.scales import Array, array, limit, magnitude_norm, mark, signed_norm
+from hesscope.figures.segments import Segment
 from hesscope.figures.style import DPI, INK, MAGNITUDE, SIGNED, look, new_figure, save
 from hesscope.results.block import Block
 
@@ -87,19 +88,19 @@ def _image(figure: Any, axes: Any, shown: Array, label: str, absolute: bool, n: 
         spine.set(visible=True, color=INK, linewidth=0.8)
     bar = figure.colorbar(image, ax=axes, aspect=42, pad=0.02, label=label)
     bar.outline.set(linewidth=0.5)
-    mark(bar.ax.yaxis, norm.linthresh, norm.vmax)
+    mark(bar.ax.yaxis, norm.linthresh, limit(shown))
     bar.ax.set_ylim(norm.vmin, norm.vmax)
 
 
 def _borders(axes: Any, labels: list[str]) -> None:
     """Lines between parameters and, where there are few, between rows."""
     rows = segments.rows(labels)
-    for segment in rows[1:] if len(rows) <= FEW_ROWS else []:
-        _cross(axes, segment.start, linewidth=0.5, alpha=0.35)
-    for segment in segments.parameters(labels)[1:]:
-        _cross(axes, segment.start, linewidth=0.9, alpha=0.9)
+    if len(rows) <= FEW_ROWS:
+        _grid(axes, rows, len(labels), linewidth=0.5, alpha=0.35)
+    _grid(axes, segments.parameters(labels), len(labels), linewidth=0.9, alpha=0.9)
 
 
-def _cross(axes: Any, start: int, **line: Any) -> None:
-    axes.axvline(start - 0.5, color=INK, **line)
-    axes.axhline(start - 0.5, color=INK, **line)
+def _grid(axes: Any, between: list[Segment], n: int, **line: Any) -> None:
+    places = [segment.start - 0.5 for segment in between[1:]]
+    axes.vlines(places, -0.5, n - 0.5, color=INK, **line)
+    axes.hlines(places, -0.5, n - 0.5, color=INK, **line)

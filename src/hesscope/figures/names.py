@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hesscope.figures import segments
@@ -72,7 +73,7 @@ def _rows(name: str, found: list[Segment], n: int, side: float) -> AxisNames:
 
 def _names(kept: list[Segment], texts: list[str], caption: str, n: int, side: float) -> AxisNames:
     centres = [s.centre for s in kept]
-    gaps = [later - earlier for earlier, later in zip(centres, centres[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(centres)]
     room = min([*gaps, n]) * side / n
     return AxisNames(centres, texts, caption, slanted=max(map(len, texts)) * _LETTER + 0.05 > room)
 

@@ -22,8 +22,8 @@ class Outlier:
     weight: float
 
 
-def outliers(nodes: Array, weights: Array, size: int) -> list[Outlier]:
-    """Nodes isolated from the bulk, from the largest down and then from the smallest up.
+def outliers(nodes: Array, weights: Array, size: int) -> tuple[list[Outlier], list[Outlier]]:
+    """Nodes isolated from the bulk: from the largest down, and from the smallest up.
 
     From either end inward, a place counts while every probe has exactly one node there, all probes agree on it far
     better than on the distance to what follows, and it carries the weight of about one eigenvalue of `size`.
@@ -33,7 +33,7 @@ def outliers(nodes: Array, weights: Array, size: int) -> list[Outlier]:
     most = (min(map(len, probes)) - 1) // 2
     upper = _from_top([t[::-1] for t in probes], [w[::-1] for w in loads], size, most)
     lower = _from_top([-t for t in probes], loads, size, most)
-    return upper + [Outlier(-o.value, o.weight) for o in lower]
+    return upper, [Outlier(-o.value, o.weight) for o in lower]
 
 
 def _from_top(nodes: list[Array], weights: list[Array], size: int, most: int) -> list[Outlier]:

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hesscope.figures import subject
 from hesscope.figures.density import draw_density
+from hesscope.figures.numbers import number
 from hesscope.figures.scales import LINEAR_DECADES, Array, array, limit, mark, threshold
 from hesscope.figures.style import FAILED, INK, MUTED, PASSED, look, new_figure, save, sign_colours
 from hesscope.results.eigs import Eigenpairs
@@ -34,7 +35,7 @@ def draw_eigenvalues(pairs: Eigenpairs, path: Path) -> Path:
     missed = np.zeros(len(values), bool) if pairs.converged else ~(residuals <= pairs.tol * np.abs(values))
     with look():
         title = f"{len(values)} eigenvalue{'s' if len(values) != 1 else ''} of the {subject.operator_name(pairs)}"
-        figure = new_figure(7.2, 4.6, title, _eigenvalues_subtitle(pairs, values, missed), subject.footer(pairs))
+        figure = new_figure(7.6, 4.6, title, _eigenvalues_subtitle(pairs, values, missed), subject.footer(pairs))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
         _stems(upper, values, residuals, missed)
         upper.set_ylabel(subject.with_unit("eigenvalue λ$_i$", pairs))
@@ -52,7 +53,7 @@ def draw_lanczos(run: LanczosRun, path: Path) -> Path:
     shown = weights > 0
     with look():
         title = f"{len(nodes)} Lanczos steps on the {subject.operator_name(run)}"
-        figure = new_figure(7.2, 3.6, title, _lanczos_subtitle(run, nodes), subject.footer(run))
+        figure = new_figure(7.6, 3.6, title, _lanczos_subtitle(run, nodes), subject.footer(run))
         axes = figure.add_subplot()
         axes.set_yscale("log")
         floor = float(weights[shown].min(initial=1.0)) / 3
@@ -73,7 +74,7 @@ def _eigenvalues_subtitle(pairs: Eigenpairs, values: Array, missed: Any) -> list
 
 
 def _lanczos_subtitle(run: LanczosRun, nodes: Array) -> list[str]:
-    reach = f"nodes from {nodes.min():.4g} to {nodes.max():.4g}".replace("-", "\N{MINUS SIGN}")
+    reach = f"nodes from {number(nodes.min())} to {number(nodes.max())}"
     return [subject.selection_line(run), reach, f"residual norm {run.residual_norm:.1e}"]
 
 
@@ -87,6 +88,8 @@ def _stems(axes: Any, values: Array, residuals: Array, missed: Any) -> None:
     axes.scatter(index, values, s=44, color=faces, edgecolor=colours, linewidth=1.6, zorder=3)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.margins(y=0.16)
+    if not (values < 0).any():
+        axes.set_ylim(bottom=0)
     axes.xaxis.grid(False)
     for i, value in zip(index, values, strict=True) if len(values) <= _FEW else ():
         _write_value(axes, int(i), float(value))
@@ -103,8 +106,9 @@ def _value_scale(axes: Any, values: Array) -> None:
 
 def _write_value(axes: Any, index: int, value: float) -> None:
     offset, align = ((0, 7), "bottom") if value >= 0 else ((0, -7), "top")
-    text = f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
-    axes.annotate(text, (index, value), xytext=offset, textcoords="offset points", ha="center", va=align, fontsize=7.5)
+    axes.annotate(
+        number(value, 3), (index, value), xytext=offset, textcoords="offset points", ha="center", va=align, fontsize=7.5
+    )
 
 
 def _residuals(axes: Any, values: Array, residuals: Array, missed: Any, tol: float) -> None:
@@ -122,5 +126,3 @@ def _residuals(axes: Any, values: Array, residuals: Array, missed: Any, tol: flo
     axes.set_xlabel("index i")
     axes.set_xlim(0.4, len(values) + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-

@@ -52,7 +52,7 @@ _MARGIN, _LINE, _TITLE, _FOOTER = 0.16, 0.175, 0.30, 0.15  # inches
 
 def look() -> AbstractContextManager[Any]:
     """The shared look, for the duration: matplotlib's defaults with ours on top, whatever the caller has set."""
-    return matplotlib.style.context(["default", _LOOK])  # type: ignore[no-any-return]
+    return matplotlib.style.context(["default", _LOOK])
 
 
 def new_figure(
@@ -62,7 +62,7 @@ def new_figure(
 
     Subtitle and footer come in parts; lines break between parts.
     """
-    above, below = wrap(subtitle, (width - 2 * _MARGIN) / 0.0705), wrap(footer, (width - 2 * _MARGIN) / 0.0545)
+    above, below = wrap(subtitle, (width - 2 * _MARGIN) / 0.0705), wrap(footer, (width - 2 * _MARGIN) / 0.0515)
     top = _MARGIN + _TITLE + _LINE * len(above)
     bottom = _MARGIN + _FOOTER * len(below)
     whole = height + top + bottom
@@ -107,10 +107,9 @@ def _metadata(form: str) -> dict[str, None]:
 def wrap(parts: Sequence[str], letters: float) -> list[str]:
     """Lines of at most so many letters: parts joined by dots, broken between parts, inside one only where it must be."""
     lines: list[str] = []
-    for part in (piece for part in parts if part for piece in textwrap.wrap(part, max(int(letters), 12))):
-        joined = f"{lines[-1]}  ·  {part}" if lines else part
-        if lines and len(joined) <= letters:
+    for piece in (piece for part in parts for piece in textwrap.wrap(part, max(int(letters), 12))):
+        if lines and len(joined := f"{lines[-1]}  ·  {piece}") <= letters:
             lines[-1] = joined
         else:
-            lines.append(part)
+            lines.append(piece)
     return lines

@@ -17,6 +17,8 @@ _NAMES = {
     "function": "Operator",
 }
 _LETTERS = {"ggn": "G", "fisher": "F", "empirical-fisher": "E", "kfac": "K"}
+_METHODS = {"hutchinson": "Hutchinson's estimate", "hutch++": "Hutch++", "xtrace": "XTrace", "xdiag": "XDiag"}
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _IN_NATS = ("LM", "CrossEntropy")
 
 
@@ -82,6 +84,11 @@ def with_unit(text: str, result: Result) -> str:
     return f"{text}  [{unit(result)}]" if unit(result) else text
 
 
+def method_name(method: str) -> str:
+    """How an estimate was made, in words."""
+    return _METHODS.get(method, method)
+
+
 def model_name(problem: dict[str, Any]) -> str:
     """The model's name without the folders of a local path, or its class."""
     name = str(problem.get("model_name") or problem.get("model") or "")
@@ -95,9 +102,9 @@ def selection_line(result: Result) -> str:
     if len(parameters) != 1:
         return f"{selection['size']:,} weights of {len(parameters)} parameters" if parameters else ""
     ((name, entry),) = parameters.items()
-    shape = " × ".join(map(str, entry.get("shape", []))) or "scalar"
-    whole = " × ".join(map(str, entry.get("of_shape", [])))
-    return f"{name} ({shape}{f' of {whole}' if whole else ''})"
+    shape = _shape(entry.get("shape", [])) or "scalar"
+    whole = _shape(entry.get("of_shape", []))
+    return f"{name} ({shape}{f'{_NO_BREAK}of{_NO_BREAK}{whole}' if whole else ''})"
 
 
 def footer(result: Result) -> list[str]:
@@ -110,6 +117,10 @@ def footer(result: Result) -> list[str]:
     if "fingerprint" in problem:
         parts.append(f"fingerprint {str(problem['fingerprint'])[:8]}")
     return [part for part in parts if part]
+
+
+def _shape(sizes: list[int]) -> str:
+    return f"{_NO_BREAK}×{_NO_BREAK}".join(map(str, sizes))
 
 
 def _kind(result: Result) -> str:

@@ -80,7 +80,7 @@ def _configs(model: nn.Module) -> list[Any]:
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Checkpointed layers would run again during a backward pass, when the model is no longer borrowed."""
-    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     try:
         for m in checkpointed:
             m.gradient_checkpointing = False

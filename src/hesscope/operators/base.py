@@ -85,8 +85,13 @@ class Operator(ABC):
         def matmat(X: Any) -> Any:
             return (self @ torch.as_tensor(X).to(self.space.device, self.dtype)).cpu().numpy()
 
+        def matvec(x: Any) -> Any:
+            return matmat(x.reshape(-1))
+
         empty = torch.empty(0, dtype=self.dtype).numpy()
-        return LinearOperator(self.shape, matvec=lambda x: matmat(x.reshape(-1)), matmat=matmat, dtype=empty.dtype)
+        return LinearOperator(
+            self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=empty.dtype
+        )
 
     def __add__(self, other: Operator) -> Operator:
         from hesscope.operators.composed import Sum

@@ -15,7 +15,7 @@ class Sum(Operator):
     def __init__(self, first: Operator, second: Operator) -> None:
         if not isinstance(second, Operator):
             raise HesscopeError(f"Expected an operator to add to an operator, got {type(second).__name__}.")
-        if not first.space.same_as(second.space):
+        if not first.space.same_as(second.space) or first.dtype != second.dtype:
             raise HesscopeError(
                 "Expected two operators on the same selection; select once and use that space for both."
             )

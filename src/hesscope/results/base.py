@@ -68,9 +68,15 @@ class Result(ABC):
         return {k: v for k, v in values.items() if not isinstance(v, Tensor) and not _is_tensor_dict(v)}
 
     def manifest(self) -> dict[str, Any]:
-        """Everything about the result except its tensors."""
+        """Everything about the result except its tensors, of which it keeps the order: safetensors does not."""
         problem = self.provenance.get("problem") or {}
-        return {"kind": self.kind, "error": self.error(), "fingerprint": problem.get("fingerprint"), **self.facts()}
+        return {
+            "kind": self.kind,
+            "error": self.error(),
+            "fingerprint": problem.get("fingerprint"),
+            **self.facts(),
+            "tensors": list(self.tensors()),
+        }
 
     def save(self, folder: str | Path, *, overwrite: bool = False, also_pt: bool = False) -> Path:
         """Write `result.safetensors` and `manifest.json` (and `result.pt`) to a folder, all or nothing.
@@ -96,6 +102,10 @@ class Result(ABC):
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Self:
         """Rebuild a result from what `save` wrote."""
+        order = manifest.get("tensors", list(tensors))
+        if set(order) != set(tensors):
+            raise HesscopeError(f"Expected the tensors {', '.join(order)}, got {', '.join(tensors)}.")
+        tensors = {name: tensors[name] for name in order}
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             if field.name in tensors:

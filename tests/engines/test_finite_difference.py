@@ -1,0 +1,129 @@
+"""Finite differences agree with reverse over reverse to within the error that they report."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hesscope as hs
+from architectures import ragged_batches, tiny
+from hesscope.engines import make_engine
+from oracles import relative
+
+#: What four rounded gradients can give: rounding / step, balanced against step^2, with a margin of ten.
+BOUND = {torch.float64: 1e-8, torch.float32: 1e-2}
+
+
+def product(problem: hs.Problem, space: hs.Space, b: int, seed: int, engine: str) -> tuple[Tensor, float]:
+    linearization = make_engine(engine).linearize(problem, b, space)
+    result = space.zeros()
+    linearization.add_product(space.gaussian(seed, [0]), result)
+    return space.flatten(result), getattr(linearization, "error", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "opt"])
+@pytest.mark.parametrize("glob", ["*", "*.1.*bias"])
+def test_products_are_as_near_as_they_say(name: str, dtype: torch.dtype, glob: str) -> None:
+    problem = hs.causal_lm(tiny(name, dtype), ragged_batches())
+    space = hs.select(problem, glob)
+    for b in range(3):
+        exact, _ = product(problem, space, b, b, "reverse-over-reverse")
+        difference, error = product(problem, space, b, b, "finite-difference")
+        assert relative(difference, exact) < error < BOUND[dtype]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_a_float64_model_that_casts_to_float32_inside_is_noticed(name: str) -> None:
+    """The step for float64 would drown in the rounding of its normalisation layers."""
+    problem = hs.causal_lm(tiny(name), ragged_batches())
+    space = hs.select(problem)
+    for b in range(3):
+        exact, _ = product(problem, space, b, b, "reverse-over-reverse")
+        difference, error = product(problem, space, b, b, "finite-difference")
+        assert relative(difference, exact) < error < BOUND[torch.float32]
+
+
+def test_the_error_grows_with_what_is_lost_to_rounding() -> None:
+    """The same weights, data and vector in two precisions."""
+    errors = []
+    for dtype in (torch.float64, torch.float32):
+        problem = hs.causal_lm(tiny("gpt2", dtype), ragged_batches())
+        errors.append(product(problem, hs.select(problem), 0, 0, "finite-difference")[1])
+    assert errors[0] < 1e-4 * errors[1]
+
+
+def test_vectors_of_any_length_are_answered_alike() -> None:
+    """The step is divided by the vector's norm."""
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    F = hs.hessian(problem, engine="finite-difference")
+    v = F.space.flatten(F.space.gaussian(0, [0]))[:, 0]
+    reference = F @ v
+    for factor in (1e-9, 1e9):
+        assert relative(F @ (factor * v), factor * reference) < BOUND[torch.float64]
+    assert not (F @ torch.zeros_like(v)).any()
+
+
+def test_the_whole_operator_divides_once() -> None:
+    model = tiny("gpt2")
+    problem = hs.causal_lm(model, ragged_batches())
+    space = hs.select(problem, "transformer.ln_f.*", {"transformer.wte.weight": [3, 90, 41]})
+    identity = torch.eye(space.size, dtype=torch.float64)
+    exact, difference = (hs.hessian(problem, space, engine=e) for e in ("reverse-over-reverse", "finite-difference"))
+    assert relative(difference @ identity, exact @ identity) < BOUND[torch.float64]
+    assert difference.describe()["engine"] == "finite-difference"
+    assert difference.units == pytest.approx(12 * space.size)
+
+
+class Once(torch.autograd.Function):
+    """x^4, whose gradient cannot be differentiated again: what fused kernels are like."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.pow(4)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return 4 * g * x.pow(3)
+
+
+def once_problem() -> tuple[hs.Problem, float]:
+    """The mean of (w x)^8 and its second derivative in w."""
+    model = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(1.5)
+    batches = [torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[0.5]]).double()]
+    problem = hs.Problem(model, lambda m, b: Once.apply(m(b)).square().mean(), batches, count=len)
+    return problem, 56 * 1.5**6 * (1 + 2**8 + 0.5**8) / 3
+
+
+def test_a_loss_without_second_derivatives_by_autograd() -> None:
+    """What finite differences are for."""
+    problem, expected = once_problem()
+    product = hs.hessian(problem, engine="finite-difference") @ torch.ones(1, dtype=torch.float64)
+    assert float(product) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::hesscope.HesscopeWarning")
+@pytest.mark.xfail(
+    strict=True, reason="torch prunes the node that would complain, and allow_unused=True turns what is left into zeros"
+)
+def test_autograd_does_not_answer_where_it_has_no_second_derivative() -> None:
+    problem, expected = once_problem()
+    try:
+        product = hs.hessian(problem) @ torch.ones(1, dtype=torch.float64)
+    except (hs.HesscopeError, RuntimeError):
+        return
+    assert float(product) == pytest.approx(expected, rel=1e-8)
+
+
+def test_an_unknown_engine() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    with pytest.raises(
+        hs.HesscopeError, match="Expected engine to be auto, reverse-over-reverse or finite-difference, got 'x'"
+    ):
+        hs.hessian(problem, engine="x")
