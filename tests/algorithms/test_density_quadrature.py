@@ -39,9 +39,9 @@ def test_moments_are_within_their_standard_errors(name: str) -> None:
 
 
 def test_moments_are_unbiased_and_their_standard_errors_right() -> None:
-    """Over 400 seeds of 6 probes: the mean against its error, the stated variance against the measured one."""
+    """Over 400 seeds of 3 probes: the mean against its error, the stated variance against the measured one."""
     A, seeds = generic(40, seed=2) + 0.5 * torch.eye(40, dtype=F64), 400
-    runs = [hs.density(hs.operator(A), probes=6, steps=3, seed=seed) for seed in range(seeds)]
+    runs = [hs.density(hs.operator(A), probes=3, steps=3, seed=seed) for seed in range(seeds)]
     moments = torch.stack([run.moments for run in runs])
     z = (moments.mean(0) - exact_moments(A)) / (moments.std(0) / seeds**0.5)
     assert bool((z.abs() < 4).all()), z
@@ -65,7 +65,8 @@ def test_a_matrix_with_few_distinct_eigenvalues_is_resolved_exactly() -> None:
     torch.testing.assert_close(shares.sum(1), torch.ones(200, dtype=F64), rtol=0, atol=1e-12)
     z = (shares.mean(0) - torch.tensor([2, 11, 4, 3], dtype=F64) / 20) / (shares.std(0) / 200**0.5)
     assert bool((z.abs() < 4).all()), z
-    assert found.products <= 200 * 5
+    # Rounding is now and then taken for a fifth direction, of no weight.
+    assert 200 * 4 <= found.products <= 200 * 4 + 5
 
 
 def test_one_coordinate_and_zero_matrices() -> None:

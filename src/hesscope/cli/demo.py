@@ -71,11 +71,11 @@ def _results(problem: Problem, seed: int, console: Console) -> list[tuple[str, R
         found.append((name, result))
         console.print(f"  {name:9s} {result.cost_line()}", markup=False)
 
-    add("eigs", hs.eigs(everything, k=6, which="BE", tol=1e-2, seed=seed))
+    add("eigs", hs.eigs(everything, k=6, which="BE", tol=1e-3, seed=seed))
     add("trace", hs.trace(everything, budget=40, seed=seed))
     add("density", hs.density(everything, probes=4, steps=25, seed=seed))
     add("block", hs.block(hs.hessian(problem, hs.select(problem, _ROWS))))
-    add("diagonal", hs.diagonal(hs.hessian(problem, hs.select(problem, _LAYER)), budget=100, seed=seed))
+    add("diagonal", hs.diagonal(hs.hessian(problem, hs.select(problem, _LAYER)), budget=800, seed=seed))
     return found
 
 
