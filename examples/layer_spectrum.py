@@ -24,8 +24,8 @@ def main(output_dir: Path) -> None:
         space = hs.select(problem, *patterns)
         # The Hessian of a selection is a diagonal block of the whole one: its spectrum lies inside the whole one's.
         H = hs.hessian(problem, space)
-        ends = hs.eigs(H, k=2, which="BE", tol=1e-2)
-        spectrum = hs.density(H, probes=3, steps=20)
+        ends = hs.eigs(H, k=2, which="BE", tol=5e-2)
+        spectrum = hs.density(H, probes=3, steps=15)
         spectrum.plot(output_dir / f"{title.replace(' ', '-').replace(',', '')}.png")
         largest, smallest = ends.eigenvalues.tolist()
         mean, error = spectrum.moments[0].item(), spectrum.moments_standard_error[0].item()

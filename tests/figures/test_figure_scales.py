@@ -72,5 +72,9 @@ def test_a_value_has_the_digits_that_its_error_allows(value: float, error: float
 def test_numbers_in_words() -> None:
     assert number(10.0444, 3) == "10.0"
     assert number(-100.0, 3) == "−100"
+    assert number(3000.0, 3) == "3000"
+    assert number(3e7, 3) == "3.00e+07"
+    assert number(99.96, 3) == "100"
+    assert number(-0.0) == "0"
     assert number(float("-inf")) == "−∞"
     assert [share(p) for p in (0.0, 0.001, 0.42, 0.999, 1.0)] == ["0%", "<1%", "42%", ">99%", "100%"]

@@ -52,18 +52,17 @@ NODES, WEIGHTS = torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.5
             density(NODES, WEIGHTS),
             [
                 ("Trace from the spectral density", "55.0", "± 5.0"),
-                ("Reach of the quadrature nodes", "0.000 to 1.000", "inside the spectrum"),
+                ("Reach of the quadrature nodes", "0 to 1.000", "inside the spectrum"),
             ],
         ),
         (lanczos([-1.0, 2.0], [0.5, 0.5]), [("Reach of 2 Lanczos nodes", "−1.000 to 2.000", "residual norm 1.0e-01")]),
-        (verification([1e-4, 1e-2], [1e-3, 1e-3]), [("Checks passed", "1 of 2", "worst at 10. × its limit")]),
+        (verification([1e-4, 1e-2], [1e-3, 1e-3]), [("Checks passed", "1 of 2", "worst at 10 × its limit")]),
         (verification([float("nan")], [1e-3]), [("Checks passed", "0 of 1", "some are not finite")]),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
 def test_numbers_and_errors(result: Result, expected: list[tuple[str, str, str]]) -> None:
-    rows = key_numbers([result])
-    assert [row[:3] for row in rows] == [(q, v.replace("10.", "10"), e.replace("10. ", "10 ")) for q, v, e in expected]
+    assert [row[:3] for row in key_numbers([result])] == expected
 
 
 def test_cost_stands_on_the_first_row_only() -> None:

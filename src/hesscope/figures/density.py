@@ -55,7 +55,7 @@ def _subtitle(density: Density, apart: int) -> list[str]:
     band = "band: ±2 standard errors" if probes > 1 else "one probe: no error known"
     return [
         subject.selection_line(density) or f"{density.size:,} coordinates",
-        f"{probes} probe{'s' if probes != 1 else ''} of {steps} steps",
+        f"{probes} probe{'s' if probes != 1 else ''} of {steps} step{'s' if steps != 1 else ''}",
         f"smoothed by {number(density.bandwidth, 2)}",
         band,
         found if apart else "",

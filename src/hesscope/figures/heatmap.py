@@ -97,7 +97,8 @@ def _borders(axes: Any, labels: list[str]) -> None:
     rows = segments.rows(labels)
     if len(rows) <= FEW_ROWS:
         _grid(axes, rows, len(labels), linewidth=0.5, alpha=0.35)
-    _grid(axes, segments.parameters(labels), len(labels), linewidth=0.9, alpha=0.9)
+    parameters = segments.parameters(labels)
+    _grid(axes, parameters, len(labels), linewidth=max(0.3, min(0.9, 8 / len(parameters))), alpha=0.9)
 
 
 def _grid(axes: Any, between: list[Segment], n: int, **line: Any) -> None:

@@ -7,7 +7,11 @@ import math
 
 def number(value: float, digits: int = 4) -> str:
     """So many significant digits, trailing zeros kept, and a proper minus sign."""
-    text = f"{value:#.{digits}g}" if math.isfinite(value) else f"{value}"
+    if value == 0 or not math.isfinite(value):
+        text = f"{value:g}".removeprefix("-0") or "0"
+    else:
+        # The general format would write 3000 with three digits as 3.00e+03.
+        text = f"{value:.0f}" if 10.0 ** (digits - 1) <= abs(value) < 1e5 else f"{value:#.{digits}g}"
     return text.removesuffix(".").replace("-", "\N{MINUS SIGN}").replace("inf", "∞")
 
 
