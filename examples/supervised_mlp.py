@@ -52,7 +52,7 @@ def main(output_dir: Path) -> None:
     )
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    print("drawn:", hs.density(H, probes=6, steps=40).plot(output_dir / "density.png"))
+    print("drawn:", hs.density(H, probes=20, steps=40).plot(output_dir / "density.png"))
 
 
 if __name__ == "__main__":

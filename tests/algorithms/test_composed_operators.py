@@ -90,6 +90,11 @@ def test_units_of_a_sum_are_the_terms_units_and_a_rank_one_term_costs_nothing() 
     together = 0.5 * (fresh + K) + RankOne(space, space.rademacher(0, [0]))
     assert hs.trace(together, method="hutchinson", budget=5).units == pytest.approx(2 * alone)
     assert together.units == fresh.units + K.units
+    # An operator that occurs twice spends once what it spends.
+    before, twice = K.units, 2 * K - 0.5 * (K + K)
+    assert twice.units == before
+    spent = hs.trace(twice, method="hutchinson", budget=5).units
+    assert spent == K.units - before
 
 
 def test_positive_semidefiniteness_is_kept_only_where_it_holds() -> None:

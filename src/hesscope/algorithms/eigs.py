@@ -66,7 +66,6 @@ def eigs(
     seed = resolve_seed(seed)
     search = _Search(H, k, which, tol, _most_products(k, max_products), _most_steps(H, k), seed)
     spent = drive(H, search, {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed})
-    # A float32 tensor prints 3.0 as 3.0000; the projected problem is float64 anyway.
     if not search.converged:
         warnings.warn(
             f"{int((~search.good).sum())} of {k} eigenpairs missed tol={tol:g} after {spent['products']} products; their "

@@ -22,7 +22,7 @@ _LAYER = "model.layers.3.self_attn.k_proj.weight"
 _EXPLANATIONS = {
     "eigs": "The steepest and the most negative directions of the loss over all weights, by Lanczos. An eigenvalue is the second derivative along its unit eigenvector, in nats per squared weight; negative ones show that training stopped at no minimum.",
     "trace": "The sum of all second derivatives, estimated with random sign vectors. The band is a 95% interval that narrows with every probe.",
-    "density": "How the eigenvalues are distributed: a tall bulk near zero and a few outliers to both sides. The band is two standard errors over the probes; small ticks are the quadrature nodes.",
+    "density": "How the eigenvalues are distributed: a tall bulk near zero and a few outliers to both sides. The band is two standard errors over the probes; the dots below are each probe's quadrature nodes.",
     "block": "Every second derivative between the weights of two rows of one query projection, exact. Red is positive, blue negative, white zero; the scale is logarithmic beyond a small linear part.",
     "diagonal": "The second derivative in every single weight of one key projection, estimated. Methods that prune or quantise read these as each weight's sensitivity.",
 }

@@ -29,13 +29,22 @@ class Sum(Operator):
 
     @property
     def units(self) -> float:
-        return self._first.units + self._second.units
+        return sum(part.units for part in _parts(self).values())
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "sum", "terms": [self._first.describe(), self._second.describe()]}
 
     def origin(self) -> dict[str, Any] | None:
         return self._first.origin() or self._second.origin()
+
+
+def _parts(A: Operator) -> dict[int, Operator]:
+    """What an operator is made of, each once: H - 0.5 * H spends its forward passes in one place."""
+    if isinstance(A, Sum):
+        return _parts(A._first) | _parts(A._second)
+    if isinstance(A, Multiple):
+        return _parts(A._base)
+    return {id(A): A}
 
 
 class Multiple(Operator):

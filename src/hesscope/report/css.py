@@ -56,8 +56,7 @@ pre {
   body { font-size: 10.5pt; }
   main { max-width: none; padding: 0; }
   h2 { break-after: avoid; margin-top: 1.6rem; }
-  figure, dl, tbody { break-inside: avoid; }
-  section p { break-after: avoid; }
+  section.result, figure, dl, tbody { break-inside: avoid; }
   table { font-size: 8.5pt; }
   .where { font-size: 7pt; }
   .plate { border: 0; padding: 0; }

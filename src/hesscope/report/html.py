@@ -147,7 +147,7 @@ def _section(section: Section) -> str:
     summary = section.result.summary()
     picture = f'<img src="{_embedded(section.figure)}" alt="{_text(f"{section.title}: {summary}")}">'
     return (
-        f"<section><h2>{_text(section.title)}</h2>\n<p>{_text(section.explanation)}</p>\n"
+        f'<section class="result"><h2>{_text(section.title)}</h2>\n<p>{_text(section.explanation)}</p>\n'
         f'<figure><div class="plate">{picture}</div>\n<figcaption>{_text(summary)}</figcaption></figure></section>'
     )
 

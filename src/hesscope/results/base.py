@@ -49,7 +49,7 @@ class Result(ABC):
     def cost_line(self) -> str:
         """The cost in words."""
         passes = f" = {self.units:.0f} forward passes" if self.units else ""
-        return f"{self.products} products{passes} in {self.seconds:.1f} s"
+        return f"{self.products} product{'' if self.products == 1 else 's'}{passes} in {self.seconds:.1f} s"
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the result, dictionaries flattened to `field/name`."""
