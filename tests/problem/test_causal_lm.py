@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import hesscope as hs
+from hesscope.losses import CausalLMLoss
 from architectures import CONTEXT, VOCABULARY, ragged_batches, tiny
 from characters import ids, tokenizer
 from oracles import causal_lm_products, keeping_double, mean_nll, relative
@@ -299,6 +300,18 @@ def test_models_over_several_devices_are_refused() -> None:
     model.model.norm.to_empty(device="meta")
     with pytest.raises(hs.HesscopeError, match=r"all parameters on one device, found cpu, meta; .* without device_map"):
         hs.causal_lm(model, ragged_batches())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_half_precision_logits_is_taken_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 5, VOCABULARY, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.tensor([[1, 2, 3, -100, 5], [6, 7, -100, -100, 9]])
+    total, count = CausalLMLoss().total_of_outputs(logits, {"labels": labels})
+    log_p = logits.double().log_softmax(-1)
+    expected = sum(float(log_p[i, t - 1, labels[i, t]]) for i in range(2) for t in range(1, 5) if labels[i, t] >= 0)
+    assert count == 5
+    assert total.dtype == torch.float32
+    assert float(total) == pytest.approx(-expected, rel=1e-6)
 
 
 def test_half_precision_works_on_float32_vectors() -> None:

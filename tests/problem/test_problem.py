@@ -135,6 +135,17 @@ def test_batches_that_require_gradients_are_constants() -> None:
     assert not problem.batches[0].requires_grad
 
 
+def test_parameters_that_are_not_replaced_are_constants() -> None:
+    """They cost no gradients, whether the caller's model asks for them or not."""
+    model = network()
+    problem = hs.Problem(model, QuarticLoss(), points(3))
+    assert not problem.total(0)[0].requires_grad
+    bias = model[2].bias.detach().requires_grad_()
+    total, _ = problem.total(0, {"2.bias": bias})
+    assert torch.autograd.grad(total, [bias, model[2].weight], allow_unused=True)[1] is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
 class Explodes(nn.Module):
     """Fine for small inputs, infinite for large ones."""
 

@@ -29,13 +29,13 @@ def diagonal(
     """The diagonal of an operator, exact or by Hutchinson's estimator with sign vectors.
 
     For independent sign vectors z_1..z_m the mean of z_i * (A z_i), entrywise, is unbiased for the diagonal (Bekas,
-    Kokiopoulou and Saad, 2007, without their quotient, which is biased); the variance of entry i is
+    Kokiopoulou and Saad, 2007; for signs their quotient is this mean); the variance of entry i is
     (1/m) sum_{j != i} A_ij^2, and its standard error is the samples' own, with m - 1 degrees of freedom.
 
     Args:
         method: "exact" (n products), "hutchinson" ("rademacher" is the same), or "auto": exact where that needs no more
             products than the budget.
-        budget: operator products at most; 100 by default.
+        budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
         target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
         seed: of the sign vectors; None draws one and records it.
 
@@ -54,7 +54,7 @@ def diagonal(
     seed, probes = resolve_seed(seed), probes_allowed(budget, target_error, _DEFAULT_PROBES)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     n = H.space.size
-    if method == "exact" or (method == "auto" and n <= probes):
+    if method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES)):
         if budget is not None and n > budget:
             raise HesscopeError(f"Expected a budget of at least {n} products for an exact diagonal, got {budget}.")
         entries = _Entries(H)

@@ -42,15 +42,16 @@ class Iteration(ABC):
 
 def drive(H: Operator, iteration: Iteration, options: dict[str, Any]) -> dict[str, Any]:
     """Step until done; returns the fields every result has: products, units, seconds, provenance."""
-    products, units, began = H.products, H.units, time.perf_counter()
+    began = time.perf_counter()
     report = probe(H) if iteration.expected >= LONG_RUN else None
-    probed = H.products - products
+    # The probe's own cost stands in its report, so that products and units below belong to each other.
+    products, units = H.products, H.units
     with _progress(iteration) as update:
         while not iteration.done:
             iteration.step()
-            update(H.products - products - probed, iteration.note)
+            update(H.products - products, iteration.note)
     return {
-        "products": H.products - products - probed,
+        "products": H.products - products,
         "units": H.units - units,
         "seconds": time.perf_counter() - began,
         "provenance": provenance(H, options) | {"probe": report},

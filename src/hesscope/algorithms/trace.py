@@ -30,7 +30,7 @@ def trace(
 
     Args:
         method: "exact" (n products), "hutchinson", or "auto": exact where that needs no more products than the budget.
-        budget: operator products at most; 100 by default.
+        budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
         target_error: stop once the standard error, relative to the estimate, is below; never before 30 probes. Intervals
             after stopping early cover somewhat less than they say.
         seed: of the sign vectors; None draws one and records it.
@@ -49,7 +49,7 @@ def trace(
     seed, probes = resolve_seed(seed), probes_allowed(budget, target_error, _DEFAULT_PROBES)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     n = H.space.size
-    if method == "exact" or (method == "auto" and n <= probes):
+    if method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES)):
         if budget is not None and n > budget:
             raise HesscopeError(f"Expected a budget of at least {n} products for an exact trace, got {budget}.")
         diagonal = _UnitForms(H)

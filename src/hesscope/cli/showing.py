@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from hesscope.errors import HesscopeError
 
@@ -20,10 +19,10 @@ def show_folder(folder: Path, plot: Path | None) -> None:
         raise HesscopeError(f"Expected the folder of a run, got the tensor file {str(folder)!r}.")
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in _facts(result.provenance):
-        table.add_row(key, value)
-    console.print(table)
+    facts = _facts(result.provenance)
+    width = max((len(key) for key, _ in facts), default=0)
+    for key, value in facts:
+        console.print(f"{key:{width}}  {value}", markup=False)
     if plot is not None:
         console.print(f"drawn to {result.plot(plot)}", markup=False)
 

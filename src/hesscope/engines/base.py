@@ -23,6 +23,8 @@ class Linearization(ABC):
     bytes: int
     #: The summed loss.
     total: float
+    #: An estimate of the products' relative error, the largest so far; zero for an engine that is exact up to rounding.
+    error: float = 0.0
     #: Selected parameters on which this batch's loss does not depend.
     unused: list[str]
 

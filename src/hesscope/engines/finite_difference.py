@@ -1,8 +1,9 @@
 """Central finite differences of the gradient, with an error estimate from two step sizes.
 
-    H v ~ (g(theta + h v) - g(theta - h v)) / 2h,    h = (3 eps)^(1/3) * (1 + |theta|) / |v|
+    H v ~ (g(theta + h v) - g(theta - h v)) / 2h,    h = (3 eps)^(1/3) * (1 + |theta| / sqrt(p)) / |v|
 
-(Dennis and Schnabel, 1983, section 5.4, with the step of the coordinate-free form). The product reported is Richardson's
+with theta the p entries of the parameters that are selected from (Dennis and Schnabel, 1983, section 5.4, without their
+scaling by coordinate). The product reported is Richardson's
 extrapolation of steps h and 2h, and twice their difference estimates its error. Where rounding dominates, the finer quotient
 carries r of it and the coarser r / 2, so that the extrapolation errs by 1.3 r and the two differ by 1.1 r.
 """

@@ -49,6 +49,9 @@ class Operator(ABC):
 
     # ---- what everyone uses
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {str(self.dtype).removeprefix('torch.')})"
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.space.size, self.space.size
@@ -80,10 +83,12 @@ class Operator(ABC):
 
     def to_scipy(self) -> LinearOperator:
         """The operator for SciPy's `eigsh` and friends."""
+        import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
         def matmat(X: Any) -> Any:
-            return (self @ torch.as_tensor(X).to(self.space.device, self.dtype)).cpu().numpy()
+            # A copy: SciPy hands over read-only and reversed arrays.
+            return (self @ torch.from_numpy(np.array(X)).to(self.space.device, self.dtype)).cpu().numpy()
 
         def matvec(x: Any) -> Any:
             return matmat(x.reshape(-1))

@@ -36,6 +36,11 @@ class KeptLinearizations:
         """How many batches' linearizations are held now."""
         return len(self._kept)
 
+    @property
+    def error(self) -> float:
+        """The largest relative error that an engine has estimated for a product."""
+        return max((made.error for made in self._kept.values()), default=0.0)
+
     def drop(self) -> None:
         """Let go of everything that is kept."""
         self._kept.clear()

@@ -60,6 +60,7 @@ class HessianOfRisk(Operator):
             "engine": self.engine.name,
             "graphs_kept": self._graphs.batches,
             "graph_bytes": self._graphs.bytes,
+            "engine_error": self._graphs.error,
         }
 
     def origin(self) -> dict[str, Any] | None:

@@ -29,7 +29,8 @@ def select(problem: Problem | nn.Module, *patterns: Pattern) -> Space:
     Args:
         problem: the problem (or the model) whose parameters are meant.
         patterns: a glob over parameter names (`*` also crosses dots); `"!glob"` takes away; `"re:<regex>"` must match a
-            whole name; `"name[3]"`, `"name[0:4, :8]"` is a part of one parameter, as `W[...]`; a function
+            whole name; `"name[3]"`, `"name[0:4, :8]"` is a part, as `W[...]`, of the
+            parameter, or of every parameter that the glob before the bracket matches; a function
             `(name, parameter) -> bool`; `{name: index}`, where a list or tensor of integers is flat row-major indices,
             an int, slice or tuple is `W[index]`, and None the whole parameter.
 
@@ -94,7 +95,11 @@ def _matches_text(pattern: str, first_name: dict[str, str]) -> dict[str, Index |
         except re.error as error:
             raise HesscopeError(f"Expected a regular expression after 're:', got {pattern[3:]!r}: {error}.") from error
         return {first: None for name, first in first_name.items() if regex.fullmatch(name)}
-    return {first: None for name, first in first_name.items() if fnmatchcase(name, pattern)}
+    found: dict[str, Index | None] = {f: None for name, f in first_name.items() if fnmatchcase(name, pattern)}
+    if not found and indexed:
+        index = parse_index(indexed["index"])
+        found = {first: index for name, first in first_name.items() if fnmatchcase(name, indexed["name"])}
+    return found
 
 
 def parse_index(text: str) -> tuple[int | slice, ...]:

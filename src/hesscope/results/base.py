@@ -18,6 +18,8 @@ from torch import Tensor
 from hesscope.errors import HesscopeError
 
 TENSORS, MANIFEST = "result.safetensors", "manifest.json"
+#: What a result can be; a folder holds one of them, with a figure of that name.
+KINDS = ("block", "density", "diagonal", "eigs", "lanczos", "trace", "verify")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,8 @@ class staged:
                 self._folder.mkdir(exist_ok=True)
                 # The manifest is what makes a folder a result: an old one goes first, the new one comes last.
                 (self._folder / MANIFEST).unlink(missing_ok=True)
+                for stale in (self._folder / name for name in ("result.pt", *map("{}.png".format, KINDS))):
+                    stale.unlink(missing_ok=True)
                 for path in sorted(self._stage.iterdir(), key=lambda p: p.name == MANIFEST):
                     target = self._folder / path.name
                     if path.is_dir() and target.exists():

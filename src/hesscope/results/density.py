@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hesscope.results.base import Result
+from hesscope.results.statistics import t_quantile
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,11 @@ class Density(Result):
     def trace(self) -> tuple[float, float]:
         """n times the first moment, and its standard error."""
         return self.size * float(self.moments[0]), self.size * float(self.moments_standard_error[0])
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends of the smoothed density's confidence interval on the grid, by Student's t over probes."""
+        half = t_quantile(level, self.nodes.shape[0] - 1) * self.density_standard_error
+        return self.density - half, self.density + half
 
     def error(self) -> dict[str, Any]:
         return {"moments_standard_error": self.moments_standard_error.tolist()}
