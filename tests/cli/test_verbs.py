@@ -63,6 +63,7 @@ def test_a_block_equals_the_one_from_python(command: Command, tiny: Path, text: 
 
 
 def test_a_failed_verification_exits_with_one(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hesscope.verification.tolerated", lambda _: 0.0)
     monkeypatch.setattr("hesscope.verification._DIFFERENCE_LIMIT", {"float64": 0.0, "own": 0.0})
     assert command("verify", "--params", "*mlp*", "--output-dir", "out") == 1
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
@@ -144,6 +145,16 @@ def test_any_attention_gives_the_products_of_sdpa(attention: str) -> None:
         results.append(hs.hessian(hs.causal_lm(model, ragged_batches())) @ v)
     # GPT-2's eager attention adds the mask in another order of operations, without a cast.
     assert relative(*results) < 1e-12
+
+
+def test_flags_that_the_caller_has_set_come_back_as_set() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        before = process_state()
+        problem.risk()
+        assert process_state() == before
+        assert not before["flash"]
+        assert not before["math"]
 
 
 def test_what_was_exchanged_is_said() -> None:

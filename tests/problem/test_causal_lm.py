@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import hesscope as hs
-from hesscope.losses import CausalLMLoss
 from architectures import CONTEXT, VOCABULARY, ragged_batches, tiny
 from characters import ids, tokenizer
+from hesscope.losses import CausalLMLoss
 from oracles import causal_lm_products, keeping_double, mean_nll, relative
 
 TEXTS = ["abc. def", "ghij", "klmnopqrstu vwxyz."]

@@ -75,7 +75,7 @@ def _results(problem: Problem, seed: int, console: Console) -> list[tuple[str, R
     add("trace", hs.trace(everything, budget=40, seed=seed))
     add("density", hs.density(everything, probes=4, steps=25, seed=seed))
     add("block", hs.block(hs.hessian(problem, hs.select(problem, _ROWS))))
-    add("diagonal", hs.diagonal(hs.hessian(problem, hs.select(problem, _LAYER)), budget=800, seed=seed))
+    add("diagonal", hs.diagonal(hs.hessian(problem, hs.select(problem, _LAYER)), budget=400, seed=seed))
     return found
 
 
