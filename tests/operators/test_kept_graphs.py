@@ -208,7 +208,6 @@ def test_products_after_a_change_of_a_buffer() -> None:
     assert relative(old, new) > 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="the rank-one part and exp(R) stay those of the weights at construction")
 def test_perplexity_after_a_change_is_that_of_the_new_weights(model: nn.Module) -> None:
     problem = hs.causal_lm(model, ragged_batches(), objective="perplexity")
     space = hs.select(problem, "transformer.ln_f.*")

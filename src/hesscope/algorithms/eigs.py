@@ -53,7 +53,7 @@ def eigs(
 
     Example:
         >>> import torch, hesscope as hs
-        >>> hs.eigs(hs.operator(torch.diag(torch.tensor([3.0, -5.0, 1.0]).double())), k=2).eigenvalues
+        >>> hs.eigs(hs.operator(torch.diag(torch.tensor([3.0, -5.0, 1.0]).double())), k=2).eigenvalues.round(decimals=6)
         tensor([-5.,  3.], dtype=torch.float64)
     """
     n = H.space.size

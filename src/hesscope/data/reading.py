@@ -90,6 +90,8 @@ def _load_dataset(name: str, data_config: str | None, split: str | None) -> Any:
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             dataset = load_from_disk(name)
+            if split is not None and split not in dataset:
+                raise KeyError(f"it has no split {split!r} but {', '.join(map(str, dataset))}")
             dataset = dataset[split] if split is not None else dataset
         else:
             dataset = load_dataset(name, data_config, split=split)

@@ -6,10 +6,14 @@ passes); each product is a reverse pass through it (6).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from hesscope.engines.base import Engine, Linearization, parameter_values
+from hesscope.errors import HesscopeError
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -35,6 +39,7 @@ class _GradientGraph(Linearization):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
             total, _ = problem.total(b, self._leaves)
             self._gradients = self._differentiate(total)
+        _require_second_derivative(self._gradients)
         self.unused = [name for name, g in zip(self._leaves, self._gradients, strict=True) if g is None]
         self.total = float(total.detach())
         self.bytes = meter.bytes
@@ -62,16 +67,51 @@ class _GradientGraph(Linearization):
         ]
         for k in range(count if curved else 0):
             seeds = [c.scatter(V[c.name][k]).to(g.dtype) for c, g in curved]
-            columns = torch.autograd.grad(
-                [g for _, g in curved],
-                list(self._leaves.values()),
-                grad_outputs=seeds,
-                retain_graph=not (last and k == count - 1),
-                allow_unused=True,
-            )
+            with _missing_derivatives_in_words():
+                columns = torch.autograd.grad(
+                    [g for _, g in curved],
+                    list(self._leaves.values()),
+                    grad_outputs=seeds,
+                    retain_graph=not (last and k == count - 1),
+                    allow_unused=True,
+                )
             for c, column in zip(self._space.coordinates, columns, strict=True):
                 if column is not None:
                     into[c.name][k] += c.gather(column)
+
+
+def _require_second_derivative(gradients: list[Tensor | None]) -> None:
+    """Raise HesscopeError where a custom function's backward says that it cannot be differentiated again.
+
+    Its node would raise if the second backward pass came by; where no selected parameter lies beyond, autograd prunes it
+    and the answer would silently lack that function's curvature.
+    """
+    nodes = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::Error":
+            raise HesscopeError(
+                "The model uses a custom autograd function whose backward cannot be differentiated again; use "
+                "engine='finite-difference', or replace that function."
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+
+
+@contextmanager
+def _missing_derivatives_in_words() -> Iterator[None]:
+    """Torch names an operation without a second derivative; say what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" not in str(error) and "not implemented" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise HesscopeError(f"The model uses an operation without a second derivative ({reason}); use "
+                            "engine='finite-difference'.") from error  # fmt: skip
 
 
 class _SavedBytes:

@@ -37,7 +37,7 @@ def resolve_device(device: torch.device | str | None) -> torch.device | None:
         raise HesscopeError(
             f"Expected a device that this machine has, got {str(device)!r}: {_first_line(error)}"
         ) from error
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
 def load_model(

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from hesscope.engines import Engine, make_engine
+from hesscope.models import state_key
 from hesscope.operators.base import Operator
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
@@ -29,6 +30,7 @@ class HessianOfRisk(Operator):
             linearization, built, kept = self._graphs.get(b)
             linearization.add_product(V, into=result, last=not kept)
             self._spend(b, built, vectors.count(V))
+            del linearization  # one that is not kept goes before the next is built
         vectors.scale_(result, 1.0 / self.problem.N)
         return result
 
@@ -40,6 +42,7 @@ class HessianOfRisk(Operator):
             total += linearization.total
             vectors.add_(gradient, linearization.gradient())
             self._spend(b, built, 0)
+            del linearization
         return total / self.problem.N, vectors.scale(gradient, 1.0 / self.problem.N)
 
     def release(self) -> None:
@@ -67,6 +70,42 @@ class HessianOfRisk(Operator):
         return self.problem.describe()
 
 
+class HessianOfPerplexity(Operator):
+    """P (H + g g^T) with P = exp(R): a rank-one update of the risk's Hessian, renewed when the parameters change."""
+
+    def __init__(self, of_risk: HessianOfRisk) -> None:
+        super().__init__(of_risk.space)
+        self._of_risk = of_risk
+        self._current: tuple[object, float, Operator] | None = None
+
+    def _updated(self) -> tuple[float, Operator]:
+        """P and the operator for the parameters as they are now."""
+        key = state_key(self._of_risk.problem.model)
+        if self._current is None or self._current[0] != key:
+            risk, gradient = self._of_risk.risk_and_gradient()
+            perplexity = math.exp(risk)
+            self._current = key, perplexity, perplexity * (self._of_risk + RankOne(self.space, gradient))
+        return self._current[1:]
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        return self._updated()[1].matmat(V)
+
+    def release(self) -> None:
+        """Drop the kept graphs; the next product builds them again."""
+        self._of_risk.release()
+
+    @property
+    def units(self) -> float:
+        return self._of_risk.units
+
+    def describe(self) -> dict[str, Any]:
+        perplexity, updated = self._updated()
+        return self._of_risk.describe() | {"perplexity": perplexity, "composed": updated.describe()}
+
+    def origin(self) -> dict[str, Any] | None:
+        return self._of_risk.origin()
+
+
 def hessian(
     problem: Problem, space: Space | None = None, engine: str = "auto", graph_memory: int | None = None
 ) -> Operator:
@@ -74,6 +113,9 @@ def hessian(
 
     For objective="nll", H = d^2 R / d theta^2. For objective="perplexity", with P = exp(R) and g = d R / d theta, it is
     P (H + g g^T), the same operator with a rank-one update.
+
+    The operator follows the parameters: after an optimizer's step its products are those of the new weights. Only a
+    change through `parameter.data` goes unseen; call `release()` after one.
 
     Args:
         problem: what is differentiated.
@@ -93,8 +135,4 @@ def hessian(
     """
     space = space if space is not None else select(problem)
     base = HessianOfRisk(problem, space, make_engine(engine), graph_memory)
-    if problem.objective == "nll":
-        return base
-    risk, gradient = base.risk_and_gradient()
-    perplexity = math.exp(risk)
-    return perplexity * (base + RankOne(space, gradient))
+    return base if problem.objective == "nll" else HessianOfPerplexity(base)

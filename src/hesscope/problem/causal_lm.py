@@ -97,9 +97,16 @@ def causal_lm(
 def _token_batches(source: Source, length: int | None, sequences: int | None, batch_size: int) -> list[dict[str, Any]]:
     """Batches of data that came as token ids: cut to `length` and to the first `sequences` where these are given."""
     if source.kind == "batches":
-        return source.items if sequences is None else _first_sequences(source.items, sequences)
+        batches = source.items if sequences is None else _first_sequences(source.items, sequences)
+        return batches if length is None else [_cut(batch, length) for batch in batches]
     found = require_sequences(source.items, sequences, source.name)
     return batches_of_sequences([ids[:length] for ids in found], batch_size)
+
+
+def _cut(batch: dict[str, Any], length: int) -> dict[str, Any]:
+    """The first `length` tokens of every sequence: of all that is shaped like input_ids."""
+    shape = batch["input_ids"].shape if isinstance(batch.get("input_ids"), Tensor) else None
+    return {k: v[:, :length] if isinstance(v, Tensor) and v.shape == shape else v for k, v in batch.items()}
 
 
 def _first_sequences(batches: Iterable[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Eigenpairs(Result):
     @property
     def eigenvectors(self) -> Tensor:
         """Unit eigenvectors as one tensor [n, k], in the selection's order."""
-        return torch.cat([v.flatten(1) for v in self.vectors.values()], 1).T
+        return torch.cat([v.reshape(v.shape[0], -1) for v in self.vectors.values()], 1).T
 
     def error(self) -> dict[str, Any]:
         return {"residuals": self.residuals.tolist(), "tol": self.tol, "converged": self.converged}

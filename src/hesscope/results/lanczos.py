@@ -34,7 +34,7 @@ class LanczosRun(Result):
         """The orthonormal basis [n, m], or None where it was not kept."""
         if not self.basis_vectors:
             return None
-        return torch.cat([v.flatten(1) for v in self.basis_vectors.values()], 1).T
+        return torch.cat([v.reshape(v.shape[0], -1) for v in self.basis_vectors.values()], 1).T
 
     def error(self) -> dict[str, Any]:
         return {"residual_norm": self.residual_norm}
