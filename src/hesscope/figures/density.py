@@ -83,7 +83,8 @@ def _name(axes: Any, density: Density, apart: list[Outlier]) -> None:
     grid, mean = array(density.grid), array(density.density)
     named: list[float] = []
     for outlier in apart:
-        height = 1.6 * float(np.interp(outlier.value, grid, mean))
+        # A narrow peak may lie below the frame; its mark stays inside.
+        height = max(1.6 * float(np.interp(outlier.value, grid, mean)), 1.3 * axes.get_ylim()[0])
         colour = sign_colours([outlier.value])[0]
         axes.plot(outlier.value, height, marker="v", markersize=4.5, color=colour, clip_on=False)
         room = all(abs(outlier.value - other) > _APART * (grid[-1] - grid[0]) for other in named)
