@@ -100,9 +100,13 @@ def _finite_difference(problem: Problem, space: Space) -> tuple[Operator, float]
         return hessian(problem, space, "finite-difference"), _DIFFERENCE_LIMIT["float64"]
     if problem.dropout == "frozen":
         return hessian(problem, space, "finite-difference"), _DIFFERENCE_LIMIT["own"]
-    twin = _rebuilt(problem, copy.deepcopy(problem.model).double(), problem.batches)
+    twin = _rebuilt(problem, copy.deepcopy(problem.model).double(), tree_map(_widened, problem.batches))
     wide = Space([replace(c, dtype=torch.float64) for c in space.coordinates])
     return hessian(twin, wide, "finite-difference"), _DIFFERENCE_LIMIT["float64"]
+
+
+def _widened(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _rebuilt(problem: Problem, model: torch.nn.Module, batches: Any) -> Problem:

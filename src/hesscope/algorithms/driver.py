@@ -43,9 +43,12 @@ class Iteration(ABC):
 def drive(H: Operator, iteration: Iteration, options: dict[str, Any]) -> dict[str, Any]:
     """Step until done; returns the fields every result has: products, units, seconds, provenance."""
     began = time.perf_counter()
-    report = probe(H) if iteration.expected >= LONG_RUN else None
-    # The probe's own cost stands in its report, so that products and units below belong to each other.
     products, units = H.products, H.units
+    report: dict[str, float] | None = None
+    if iteration.expected >= LONG_RUN:
+        # The probe's own cost, graphs built for it included, stands in its report and not in the result's.
+        report = probe(H) | {"products": H.products - products, "units": H.units - units}
+        products, units = H.products, H.units
     with _progress(iteration) as update:
         while not iteration.done:
             iteration.step()

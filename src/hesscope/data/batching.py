@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
-from hesscope.losses.causal_lm import IGNORED
+from hesscope.losses.cross_entropy import IGNORED
 
 
 def batches_of_sequences(sequences: list[Tensor], batch_size: int) -> list[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+from hesscope.losses.cross_entropy import IGNORED, summed_cross_entropy
 
 
 class CausalLMLoss:
@@ -29,8 +29,7 @@ class CausalLMLoss:
         """Sum and count from the logits. The labels are shifted, not the logits, which would copy the larger tensor."""
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, self.count(batch)
+        return summed_cross_entropy(logits.flatten(0, 1), targets.flatten()), self.count(batch)
 
     def total(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Sum and count of one batch."""

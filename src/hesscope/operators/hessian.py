@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from hesscope.engines import Engine, make_engine
-from hesscope.models import state_key
+from hesscope.errors import HesscopeError
+from hesscope.models import named_parameters, state_key
 from hesscope.operators.base import Operator
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
@@ -106,6 +107,24 @@ class HessianOfPerplexity(Operator):
         return self._of_risk.origin()
 
 
+def _require_own_space(problem: object, space: object) -> Space:
+    """Raise HesscopeError for what is no problem, no space, or another model's space."""
+    if not isinstance(problem, Problem):
+        raise HesscopeError(
+            f"Expected a problem, from hs.causal_lm, hs.supervised or hs.Problem, got {type(problem).__name__}."
+        )
+    if not isinstance(space, Space):
+        raise HesscopeError(f"Expected a space, from hs.select(problem, ...), got {type(space).__name__}.")
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(problem.model).items()}
+    for c in space.coordinates:
+        if shapes.get(c.name) != c.parameter_shape:
+            raise HesscopeError(
+                f"Expected a selection from this problem's own model, but it has no {c.name!r} of shape "
+                f"{list(c.parameter_shape)}; call hs.select with this problem."
+            )
+    return space
+
+
 def hessian(
     problem: Problem, space: Space | None = None, engine: str = "auto", graph_memory: int | None = None
 ) -> Operator:
@@ -133,6 +152,8 @@ def hessian(
         >>> hs.hessian(hs.supervised(model, [batch], loss="mse")) @ torch.ones(2)      # (2/N) X^T X v
         tensor([1., 4.])
     """
-    space = space if space is not None else select(problem)
+    if space is None and isinstance(problem, Problem):
+        space = select(problem)
+    space = _require_own_space(problem, space)
     base = HessianOfRisk(problem, space, make_engine(engine), graph_memory)
     return base if problem.objective == "nll" else HessianOfPerplexity(base)

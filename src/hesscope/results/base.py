@@ -152,8 +152,13 @@ class staged:
         self._folder = folder
 
     def __enter__(self) -> Path:
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._stage = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._stage = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+        except OSError as error:
+            raise HesscopeError(
+                f"Expected a folder that can be written to, got {str(self._folder)!r} ({error.strerror}); choose another."
+            ) from error
         return self._stage
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
