@@ -38,6 +38,17 @@ def test_the_demonstration_leaves_results_and_a_report(
     assert eigs.eigenvalues[0] > 0 > eigs.eigenvalues[-1]
 
 
+@pytest.mark.slow
+def test_the_whole_demonstration(tmp_path: Path) -> None:
+    assert run(["demo", "--output-dir", str(tmp_path / "demo")]) == 0
+    trace, density = hs.load(tmp_path / "demo" / "trace"), hs.load(tmp_path / "demo" / "density")
+    other, spread = density.trace
+    assert abs(trace.estimate - other) < 4 * (trace.standard_error**2 + spread**2) ** 0.5
+    eigs = hs.load(tmp_path / "demo" / "eigs")
+    assert eigs.converged
+    assert float(density.nodes.max()) == pytest.approx(float(eigs.eigenvalues.max()), rel=1e-2)
+
+
 def test_it_is_safe_to_repeat_but_spares_what_is_not_its_own(small: None, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     assert run(["demo", "--output-dir", str(folder)]) == 0

@@ -2,8 +2,8 @@
 
     l = sum over rows t of  logsumexp(z_t) - z_t[y_t],    dl/dz_t = p_t - e_(y_t),    H_t u = p_t * (u - <p_t, u>)
 
-with p = softmax(z); rows whose target is ignored are zero throughout. Autograd's own second derivative goes through eight
-tensors of the logits' size and keeps five of them; this one goes through three and keeps two. Legend: T rows, V classes.
+with p = softmax(z); rows whose target is ignored are zero throughout. Written out, it takes fewer passes over tensors of the
+logits' size, the largest of all, than autograd's own second derivative. Legend: T rows, V classes.
 """
 
 from __future__ import annotations
