@@ -141,7 +141,7 @@ def require_free(folder: Path, overwrite: bool) -> None:
         raise HesscopeError(f"Expected {folder.name!r} to be a folder to write to; it is a file.")
     if not overwrite and (folder / MANIFEST).exists():
         raise HesscopeError(
-            f"The folder {str(folder)!r} already holds a run; choose another output folder or pass overwrite."
+            f"The folder {str(folder)!r} already holds a run; choose another folder, or overwrite it (overwrite=True, --overwrite)."
         )
 
 
