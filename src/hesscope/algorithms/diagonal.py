@@ -57,7 +57,7 @@ def diagonal(
     if method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES)):
         if budget is not None and n > budget:
             raise HesscopeError(f"Expected a budget of at least {n} products for an exact diagonal, got {budget}.")
-        entries = _Entries(H)
+        entries = Entries(H, "diagonal, exact")
         spent = drive(H, entries, options)
         return _exact(H, spent, entries.values, seed)
     hutchinson = _Hutchinson(H, probes, target_error, seed)
@@ -112,13 +112,12 @@ class _Hutchinson(Iteration):
         return f"relative error {relative_error(self.mean):.2g}" if self.mean.count > 1 else ""
 
 
-class _Entries(Iteration):
-    """A_ii for every i, by unit vectors."""
+class Entries(Iteration):
+    """A_ii for every i, by unit vectors: the exact diagonal, whose sum is the exact trace."""
 
-    description = "diagonal, exact"
-
-    def __init__(self, H: Operator) -> None:
+    def __init__(self, H: Operator, description: str) -> None:
         self._H, self.expected, self._next = H, H.space.size, 0
+        self.description = description
         self.values = torch.empty(H.space.size, dtype=H.dtype, device=H.space.device)
 
     @property

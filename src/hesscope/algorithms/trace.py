@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hesscope.algorithms.budget import FEWEST_PROBES, check_budget, chunk_size, probes_allowed
+from hesscope.algorithms.diagonal import Entries
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.probing import require_finite
 from hesscope.errors import HesscopeError
@@ -52,9 +53,9 @@ def trace(
     if method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES)):
         if budget is not None and n > budget:
             raise HesscopeError(f"Expected a budget of at least {n} products for an exact trace, got {budget}.")
-        diagonal = _UnitForms(H)
-        spent = drive(H, diagonal, options)
-        samples = torch.tensor(diagonal.forms, dtype=torch.float64)
+        entries = Entries(H, "trace, exact")
+        spent = drive(H, entries, options)
+        samples = entries.values.to("cpu", torch.float64)
         return Trace(**spent, method="exact", estimate=float(samples.sum()), standard_error=0.0,
                      degrees_of_freedom=0, size=n, seed=seed, samples=samples)  # fmt: skip
     hutchinson = _Hutchinson(H, probes, target_error, seed)
@@ -99,24 +100,3 @@ class _Hutchinson(Iteration):
     def note(self) -> str:
         mean, error = self.estimate()
         return f"{mean:.5g} +- {error:.2g}"
-
-
-class _UnitForms(Iteration):
-    """<e_i, A e_i> for every i."""
-
-    description = "trace, exact"
-
-    def __init__(self, H: Operator) -> None:
-        self._H, self.expected = H, H.space.size
-        self.forms: list[float] = []
-
-    @property
-    def done(self) -> bool:
-        return len(self.forms) == self.expected
-
-    def step(self) -> None:
-        start = len(self.forms)
-        E = self._H.space.basis(start, min(start + chunk_size(self._H), self.expected))
-        AE = self._H.matmat(E)
-        require_finite(self._H, AE)
-        self.forms += self._H.space.inner(E, AE).diagonal().tolist()

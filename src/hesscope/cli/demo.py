@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _LENGTH, _SEQUENCES = 128, 4
 _ROWS = "model.layers.3.self_attn.q_proj.weight[0:2]"
 _LAYER = "model.layers.3.self_attn.k_proj.weight"
-_EXPLANATIONS = {
-    "eigs": "The steepest and the most negative directions of the loss over all weights, by Lanczos. An eigenvalue is the second derivative along its unit eigenvector, in nats per squared weight; negative ones show that training stopped at no minimum.",
-    "trace": "The sum of all second derivatives, estimated with random sign vectors. The band is a 95% interval that narrows with every probe.",
-    "density": "How the eigenvalues are distributed: a tall bulk near zero and a few outliers to both sides. The band is two standard errors over the probes; the dots below are each probe's quadrature nodes.",
-    "block": "Every second derivative between the weights of two rows of one query projection, exact. Red is positive, blue negative, white zero; the scale is logarithmic beyond a small linear part.",
-    "diagonal": "The second derivative in every single weight of one key projection, estimated. Methods that prune or quantise read these as each weight's sensitivity.",
+_TITLES = {
+    "eigs": "Leading eigenvalues at both ends",
+    "trace": "Trace",
+    "density": "Spectral density",
+    "block": "An exact block",
+    "diagonal": "One layer's diagonal",
 }
 
 
@@ -80,20 +80,10 @@ def _results(problem: Problem, seed: int, console: Console) -> list[tuple[str, R
 
 
 def _report(stage: Path, results: dict[str, Result]) -> Path:
-    from hesscope.report import Section, write_report
+    from hesscope.report import section, write_report
 
-    titles = {
-        "eigs": "Leading eigenvalues at both ends",
-        "trace": "Trace",
-        "density": "Spectral density",
-        "block": "An exact block",
-        "diagonal": "One layer's diagonal",
-    }
-    sections = [
-        Section(titles[name], _EXPLANATIONS[name], result, stage / name / f"{result.kind}.png")
-        for name, result in results.items()
-    ]
-    return write_report(stage, sections)
+    figures = {name: stage / name / f"{result.kind}.png" for name, result in results.items()}
+    return write_report(stage, [section(result, figures[n], _TITLES[n]) for n, result in results.items()])
 
 
 def _require_own(folder: Path) -> None:
