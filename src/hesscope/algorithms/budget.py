@@ -7,6 +7,8 @@ from hesscope.operators import Operator
 
 #: Sequential stopping before so many probes would trust a standard error that is itself noise.
 FEWEST_PROBES = 30
+_DEFAULT_PROBES = 100
+_METHODS = ("auto", "exact", "hutchinson")
 _CHUNK_BYTES = 256 * 2**20
 _LARGEST_CHUNK = 16
 
@@ -16,16 +18,24 @@ def chunk_size(H: Operator) -> int:
     return max(1, min(_LARGEST_CHUNK, _CHUNK_BYTES // (H.space.size * H.dtype.itemsize)))
 
 
-def check_budget(budget: int | None, target_error: float | None) -> None:
-    """Raise HesscopeError for a budget or a target that nothing can meet."""
+def check_estimation(what: str, method: str, budget: int | None, target_error: float | None, n: int) -> bool:
+    """Whether a trace or diagonal of n entries is to be exact: when asked to be, or when that costs no more than probes.
+
+    Raises HesscopeError for an unknown method, or a budget or a target that nothing can meet.
+    """
+    if method not in _METHODS:
+        raise HesscopeError(f"Expected method to be one of {', '.join(_METHODS)}, got {method!r}.")
     if budget is not None and budget < 1:
         raise HesscopeError(f"Expected budget to be at least 1 product, got {budget}.")
     if target_error is not None and not 0 < target_error < 1:
         raise HesscopeError(f"Expected target_error to be relative, between 0 and 1, got {target_error}.")
+    if method == "exact" and budget is not None and n > budget:
+        raise HesscopeError(f"Expected a budget of at least {n} products for an exact {what}, got {budget}.")
+    return method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES))
 
 
-def probes_allowed(budget: int | None, target_error: float | None, default: int) -> int:
-    """The budget; without one the default, or a hundred times that where the target error decides."""
+def probes_allowed(budget: int | None, target_error: float | None) -> int:
+    """The budget; without one a hundred, or a hundred times that where the target error decides."""
     if budget is not None:
         return budget
-    return default if target_error is None else 100 * default
+    return _DEFAULT_PROBES if target_error is None else 100 * _DEFAULT_PROBES

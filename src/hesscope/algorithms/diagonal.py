@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.budget import FEWEST_PROBES, check_budget, chunk_size, probes_allowed
+from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.probing import require_finite
-from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Diagonal
 from hesscope.results.statistics import RunningMean
 from hesscope.space import vectors
 from hesscope.space.random import resolve_seed
-
-_METHODS = ("auto", "exact", "hutchinson")
-_DEFAULT_PROBES = 100
 
 
 def diagonal(
@@ -48,15 +44,10 @@ def diagonal(
         tensor([2., 3.])
     """
     method = "hutchinson" if method == "rademacher" else method
-    if method not in _METHODS:
-        raise HesscopeError(f"Expected method to be one of {', '.join(_METHODS)}, got {method!r}.")
-    check_budget(budget, target_error)
-    seed, probes = resolve_seed(seed), probes_allowed(budget, target_error, _DEFAULT_PROBES)
+    exact = check_estimation("diagonal", method, budget, target_error, H.space.size)
+    seed, probes = resolve_seed(seed), probes_allowed(budget, target_error)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
-    n = H.space.size
-    if method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES)):
-        if budget is not None and n > budget:
-            raise HesscopeError(f"Expected a budget of at least {n} products for an exact diagonal, got {budget}.")
+    if exact:
         entries = Entries(H, "diagonal, exact")
         spent = drive(H, entries, options)
         return _exact(H, spent, entries.values, seed)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from hesscope.algorithms.budget import FEWEST_PROBES, check_budget, chunk_size, probes_allowed
+from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed
 from hesscope.algorithms.diagonal import Entries
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.probing import require_finite
-from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Trace
 from hesscope.space.random import resolve_seed
-
-_METHODS = ("auto", "exact", "hutchinson")
-_DEFAULT_PROBES = 100
 
 
 def trace(
@@ -44,15 +40,11 @@ def trace(
         >>> hs.trace(hs.operator(torch.diag(torch.tensor([2.0, 1.0])))).estimate
         3.0
     """
-    if method not in _METHODS:
-        raise HesscopeError(f"Expected method to be one of {', '.join(_METHODS)}, got {method!r}.")
-    check_budget(budget, target_error)
-    seed, probes = resolve_seed(seed), probes_allowed(budget, target_error, _DEFAULT_PROBES)
+    exact = check_estimation("trace", method, budget, target_error, H.space.size)
+    seed, probes = resolve_seed(seed), probes_allowed(budget, target_error)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     n = H.space.size
-    if method == "exact" or (method == "auto" and n <= (budget or _DEFAULT_PROBES)):
-        if budget is not None and n > budget:
-            raise HesscopeError(f"Expected a budget of at least {n} products for an exact trace, got {budget}.")
+    if exact:
         entries = Entries(H, "trace, exact")
         spent = drive(H, entries, options)
         samples = entries.values.to("cpu", torch.float64)
