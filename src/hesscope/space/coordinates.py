@@ -16,7 +16,9 @@ class Coordinates:
 
     `index` holds flat (row-major) positions, or is None where the whole parameter is selected. `shape` is the shape of
     the selected part: the parameter's own where the whole of it is selected, `W[index].shape` for a slice, `[m]` for a
-    list of m flat indices.
+    list of m flat indices. Where the parameter belongs to a layer of a model's trunk, `block` counts the trunk's blocks,
+    `layer` is the name inside a block (such as `mlp.up_proj`), and `unit_axis` the axis of the output units: 0 for
+    `nn.Linear`, 1 for a `Conv1D`.
     """
 
     name: str
@@ -25,6 +27,9 @@ class Coordinates:
     device: torch.device
     index: Tensor | None = None
     index_shape: tuple[int, ...] | None = None
+    block: int | None = None
+    layer: str | None = None
+    unit_axis: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:

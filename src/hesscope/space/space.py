@@ -59,11 +59,13 @@ class Space:
         return [label for c in self.coordinates for label in c.labels()]
 
     def describe(self) -> dict[str, Any]:
-        """The selection for the record of a result, as JSON: size, and per parameter its shapes and a hash of indices."""
-        parameters = {
-            name: {"shape": list(shape)} | ({"of_shape": list(whole), "index_sha256": picked} if picked else {})
-            for name, whole, shape, picked in (c.key() for c in self.coordinates)
-        }
+        """The selection for the record of a result, as JSON: size, and per parameter its shapes, indices and place."""
+        parameters = {}
+        for c in self.coordinates:
+            name, whole, shape, picked = c.key()
+            parameters[name] = {"shape": list(shape), "unit_axis": c.unit_axis, "block": c.block, "layer": c.layer}
+            if picked:
+                parameters[name] |= {"of_shape": list(whole), "index_sha256": picked}
         return {"size": self.size, "parameters": parameters}
 
     def same_as(self, other: Space) -> bool:
