@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hesscope as hs
-from hesscope.algorithms import budget as budget_module
+from hesscope.operators import chunks as chunks_module
 from spectra import SPECTRA, Counted, generic, symmetric
 
 
@@ -44,7 +44,7 @@ def test_asymmetry_is_reported_and_removed() -> None:
 def test_chunks_do_not_change_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     A = generic(30)
     for largest, calls in ((1, 30), (7, 5), (100, 1)):
-        monkeypatch.setattr(budget_module, "_LARGEST_CHUNK", largest)
+        monkeypatch.setattr(chunks_module, "_LARGEST_CHUNK", largest)
         counted = Counted(A)
         torch.testing.assert_close(hs.block(counted.operator()).matrix, A, rtol=0, atol=1e-15)
         assert counted.calls == calls

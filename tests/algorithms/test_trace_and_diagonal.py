@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hesscope as hs
-from hesscope.algorithms import budget as budget_module
+from hesscope.operators import chunks as chunks_module
 from spectra import SPECTRA, Counted, generic, symmetric
 
 F64 = torch.float64
@@ -160,8 +160,8 @@ def test_chunks_do_not_change_the_numbers(estimate: Any, method: str, monkeypatc
     A = generic(50)
     reference = estimate(hs.operator(A), method=method, budget=50)
     for largest, size, calls in ((1, 2**28, 50), (7, 2**28, 8), (64, 2**28, 1), (64, 1, 50), (64, 5 * 50 * 8, 10)):
-        monkeypatch.setattr(budget_module, "_LARGEST_CHUNK", largest)
-        monkeypatch.setattr(budget_module, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(chunks_module, "_LARGEST_CHUNK", largest)
+        monkeypatch.setattr(chunks_module, "_CHUNK_BYTES", size)
         counted = Counted(A)
         found = estimate(counted.operator(), method=method, budget=50)
         assert counted.calls == calls

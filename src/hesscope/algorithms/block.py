@@ -5,23 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.driver import Iteration, drive
-from hesscope.algorithms.probing import require_finite
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes
 from hesscope.operators import Operator
+from hesscope.operators.matrix_run import MatrixRun, matrix_run
 from hesscope.results import Block
 
+#: Rows of the matrix that are looked at together, where a second matrix would be too much.
+_ROWS = 1024
 
-def block(H: Operator) -> Block:
-    """The exact matrix of an operator over its whole space, column by column: A_ij = <e_i, A e_j>.
 
-    Costs n products and n^2 numbers. The matrix is returned symmetrised, (A + A^T)/2, with `asymmetry`, the largest
-    |A - A^T| relative to the largest |A|, measured before.
+def block(H: Operator, route: str = "auto") -> Block:
+    """The exact matrix of an operator over its whole space: A_ij = <e_i, A e_j>.
+
+    A Hessian's columns are found batch by batch, each batch on one graph that is kept for all of them. A column through
+    weights costs one product. Rows of a linear layer y = x W^T may instead go through positions, with T products a row of
+    any width on sequences of T tokens (see docs/mathematics.md); "auto" counts and takes the fewer. Other operators are
+    multiplied by the unit vectors.
+
+    The matrix is returned symmetrised, (A + A^T)/2, with `asymmetry`, the largest |A - A^T| relative to the largest |A|,
+    measured before. It takes three times n^2 numbers of memory.
+
+    Args:
+        route: "auto", "weights" or "positions" (where it is possible at all).
 
     Raises:
-        HesscopeError: the matrix would not fit in memory (names the largest n that does), or a product is not finite.
+        HesscopeError: the matrix would not fit in memory (names the largest n that does), a product is not finite, or an
+            unknown route.
 
     Example:
         >>> import torch, hesscope as hs
@@ -30,38 +41,63 @@ def block(H: Operator) -> Block:
                 [0., 1.]])
     """
     _require_memory(H)
-    columns = _Columns(H)
-    spent = drive(H, columns, {})
-    A, T = columns.matrix, columns.matrix.T
-    scale = float(A.abs().max())
-    asymmetry = float((A - T).abs().max()) / scale if scale > 0 else 0.0
-    return Block(**spent, matrix=0.5 * (A + T), labels=H.space.labels, asymmetry=asymmetry)
+    columns = Columns(H, matrix_run(H, route))
+    spent = drive(H, columns, {"route": route})
+    spent["provenance"]["matrix"] = columns.run.describe()
+    asymmetry = symmetrize_(columns.matrix)
+    return Block(**spent, matrix=columns.matrix, labels=H.space.labels, asymmetry=asymmetry)
 
 
-class _Columns(Iteration):
+def symmetrize_(A_nn: Tensor) -> float:
+    """Replace A by (A + A^T)/2 in place, and return max |A - A^T| / max |A| from before."""
+    gap, scale = A_nn.new_zeros(()), A_nn.new_zeros(())
+    for start in range(0, len(A_nn), _ROWS):
+        rows = slice(start, start + _ROWS)
+        upper, lower = A_nn[rows, start:], A_nn[start:, rows]
+        gap = torch.maximum(gap, (upper - lower.T).abs().max())
+        scale = torch.maximum(scale, torch.maximum(upper.abs().max(), lower.abs().max()))
+        mean = (0.5 * (upper + lower.T)).clone()
+        A_nn[rows, start:] = mean
+        A_nn[start:, rows] = mean.T
+    return float(gap / scale) if scale > 0 else 0.0
+
+
+class Columns(Iteration):
+    """A matrix under way: what is summed so far, and how many tasks that is."""
+
     description = "block"
 
-    def __init__(self, H: Operator) -> None:
-        self._H = H
-        self.expected = n = H.space.size
-        self.matrix: Tensor = torch.empty(n, n, dtype=H.dtype, device=H.space.device)
-        self._next, self._chunk = 0, chunk_size(H)
+    def __init__(self, H: Operator, run: MatrixRun) -> None:
+        self._H, self.run, n = H, run, H.space.size
+        self.expected = max(1, round(run.products))
+        self.matrix: Tensor = torch.zeros(n, n, dtype=H.dtype, device=H.space.device)
+        self._task, self._spent, self._before = 0, 0.0, H.products
 
     @property
     def done(self) -> bool:
-        return self._next == self.expected
+        return self._task == self.run.tasks
 
     def step(self) -> None:
-        stop = min(self._next + self._chunk, self.expected)
-        space = self._H.space
-        columns = self._H.matmat(space.basis(self._next, stop))
-        require_finite(self._H, columns)
-        self.matrix[:, self._next : stop] = space.flatten(columns)
-        self._next = stop
+        self._spent += self.run.run(self._task, self.matrix)
+        self._task += 1
+        self._H.products = self._before + round(self._spent)
+        if self.done:
+            _require_finite(self._H, self.matrix)
+
+
+def _require_finite(H: Operator, A_nn: Tensor) -> None:
+    for start in range(0, len(A_nn), _ROWS):
+        wrong = ~torch.isfinite(A_nn[start : start + _ROWS]).all(1)
+        if bool(wrong.any()):
+            label = H.space.labels[start + int(wrong.nonzero()[0, 0])]
+            raise HesscopeError(
+                f"The matrix is not finite in the row of {label}: the loss's second derivative overflows there; try dtype "
+                "float64."
+            )
 
 
 def _require_memory(H: Operator) -> None:
-    # The matrix, its symmetrised copy and a transient difference.
+    # The matrix, and two more while it is written to a file.
     copies, free = 3, available_bytes(H.space.device)
     n, size = H.space.size, H.dtype.itemsize
     if copies * n * n * size > free:

@@ -1,21 +1,16 @@
-"""How many vectors at once, and when an estimate is good enough."""
+"""How many probes, and when an estimate is good enough."""
 
 from __future__ import annotations
 
 from hesscope.errors import HesscopeError
-from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
+
+__all__ = ["FEWEST_PROBES", "check_estimation", "chunk_size", "probes_allowed"]
 
 #: Sequential stopping before so many probes would trust a standard error that is itself noise.
 FEWEST_PROBES = 30
 _DEFAULT_PROBES = 100
 _METHODS = ("auto", "exact", "hutchinson")
-_CHUNK_BYTES = 256 * 2**20
-_LARGEST_CHUNK = 16
-
-
-def chunk_size(H: Operator) -> int:
-    """Vectors handed to one `matmat`: enough to share its fixed cost, few enough to stay small in memory."""
-    return max(1, min(_LARGEST_CHUNK, _CHUNK_BYTES // (H.space.size * H.dtype.itemsize)))
 
 
 def check_estimation(what: str, method: str, budget: int | None, target_error: float | None, n: int) -> bool:

@@ -2,6 +2,7 @@
 
 from hesscope.losses.causal_lm import CausalLMLoss, valid_targets
 from hesscope.losses.mean import MeanLoss
+from hesscope.losses.projected import ProjectedCausalLMLoss
 from hesscope.losses.protocol import Loss, SplitLoss
 from hesscope.losses.supervised import CrossEntropyLoss, SquaredErrorLoss
 
@@ -10,6 +11,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Loss",
     "MeanLoss",
+    "ProjectedCausalLMLoss",
     "SplitLoss",
     "SquaredErrorLoss",
     "valid_targets",

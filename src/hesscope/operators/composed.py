@@ -6,6 +6,7 @@ from typing import Any
 
 from hesscope.errors import HesscopeError
 from hesscope.operators.base import Operator
+from hesscope.operators.matrix_run import MatrixRun, OneAfterAnother, OuterProduct, Weighted, matrix_run
 from hesscope.space import Space, Vectors, vectors
 
 
@@ -26,6 +27,9 @@ class Sum(Operator):
         result = self._first.matmat(V)
         vectors.add_(result, self._second.matmat(V))
         return result
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        return OneAfterAnother(matrix_run(self._first, route), matrix_run(self._second, route))
 
     @property
     def units(self) -> float:
@@ -57,6 +61,9 @@ class Multiple(Operator):
     def _matmat(self, V: Vectors) -> Vectors:
         return vectors.scale(self._base.matmat(V), self._factor)
 
+    def matrix_run(self, route: str) -> MatrixRun:
+        return Weighted(matrix_run(self._base, route), self._factor)
+
     @property
     def units(self) -> float:
         return self._base.units
@@ -77,6 +84,9 @@ class RankOne(Operator):
 
     def _matmat(self, V: Vectors) -> Vectors:
         return self.space.combine(self._g, self._weight * self.space.inner(self._g, V))
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        return OuterProduct(self, self._g, self._weight)
 
     @property
     def units(self) -> float:

@@ -67,12 +67,16 @@ class KeptLinearizations:
         if b in self._unused:
             return
         self._unused[b] = set(made.unused)
-        if len(self._unused) == len(self._problem.batches):
-            never = sorted(set.intersection(*self._unused.values()))
-            if never:
-                warnings.warn(
-                    f"The loss does not depend on {', '.join(never[:3])}{' and others' if len(never) > 3 else ''}: "
-                    "rows and columns there are zero.",
-                    HesscopeWarning,
-                    stacklevel=2,
-                )
+        warn_of_unused(self._unused, len(self._problem.batches))
+
+
+def warn_of_unused(unused: dict[int, set[str]], batches: int) -> None:
+    """Once every batch was seen, warn of parameters that none of them uses."""
+    never = sorted(set.intersection(*unused.values())) if len(unused) == batches else []
+    if never:
+        warnings.warn(
+            f"The loss does not depend on {', '.join(never[:3])}{' and others' if len(never) > 3 else ''}: "
+            "rows and columns there are zero.",
+            HesscopeWarning,
+            stacklevel=3,
+        )

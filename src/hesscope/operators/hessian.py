@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 from hesscope.engines import Engine, make_engine
+from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import HesscopeError
 from hesscope.models import named_parameters, state_key
 from hesscope.operators.base import Operator
+from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
+from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
 from hesscope.problem import Problem, select
 from hesscope.space import Space, Vectors, vectors
 
@@ -24,6 +27,7 @@ class HessianOfRisk(Operator):
         self.engine = engine
         self._graphs = KeptLinearizations(problem, space, engine, graph_memory)
         self._units = 0.0
+        self._columns: list[BatchColumns] = []
 
     def _matmat(self, V: Vectors) -> Vectors:
         result = self.space.zeros(vectors.count(V))
@@ -46,6 +50,14 @@ class HessianOfRisk(Operator):
             del linearization
         return total / self.problem.N, vectors.scale(gradient, 1.0 / self.problem.N)
 
+    def matrix_run(self, route: str) -> MatrixRun:
+        """Batch by batch, on a graph of its own; an engine that is not exact is taken at its word."""
+        if not isinstance(self.engine, ReverseOverReverse):
+            return UnitVectors(self)
+        self.release()
+        self._columns.append(BatchColumns(self.problem, self.space, route))
+        return self._columns[-1]
+
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""
         self._graphs.drop()
@@ -56,7 +68,7 @@ class HessianOfRisk(Operator):
 
     @property
     def units(self) -> float:
-        return self._units
+        return self._units + sum(run.units for run in self._columns)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -90,6 +102,9 @@ class HessianOfPerplexity(Operator):
 
     def _matmat(self, V: Vectors) -> Vectors:
         return self._updated()[1].matmat(V)
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        return matrix_run(self._updated()[1], route)
 
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""

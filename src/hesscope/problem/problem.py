@@ -103,16 +103,22 @@ class Problem:
         with borrowed(self.model, dropout_seed=seed):
             yield
 
-    def total(self, b: int, replaced: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
+    def total(
+        self, b: int, replaced: dict[str, Tensor] | None = None, *, loss: Loss | None = None, copies: int = 1
+    ) -> tuple[Tensor, int]:
         """The sum of the losses of batch b and its count, with some parameters replaced by other tensors.
 
-        Parameters that are not replaced are constants. Raises HesscopeError where the sum is not finite.
+        Parameters that are not replaced are constants. `loss` stands in for the problem's own, and `copies` repeats the
+        batch's sequences. Raises HesscopeError where the sum is not finite.
         """
         fixed = {name: p.detach() for name, p in named_parameters(self.model).items()}
         batch = self.on_device(b)
+        if copies > 1:
+            batch = tree_map(lambda x: x.repeat(copies, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) else x, batch)
+        module = self._wrapped if loss is None else _LossModule(self.model, loss)
         with self.running(b):
             state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
-            total, count = functional_call(self._wrapped, state, (batch,))
+            total, count = functional_call(module, state, (batch,))
         self._require_scalar(total)
         if not torch.isfinite(total.detach()).all():
             raise HesscopeError(self._nonfinite(b, total, batch))

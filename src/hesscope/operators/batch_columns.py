@@ -1,0 +1,195 @@
+"""The matrix of a problem's Hessian, batch by batch: one graph at a time, kept for all of its batch's columns.
+
+A = (1/N) sum over batches b of d2 l_b / dw dw. What comes before the first selected layer is a constant of the graph and runs
+once a batch; the output projection belongs to the loss, and is contracted where that pays.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hesscope.engines.block_graph import BlockGraph
+from hesscope.errors import HesscopeError
+from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss
+from hesscope.losses.projected import output_weight
+from hesscope.memory import available_bytes
+from hesscope.models import named_parameters
+from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_uses
+from hesscope.operators.graphs import warn_of_unused
+from hesscope.operators.matrix_run import MatrixRun
+from hesscope.problem import Problem
+from hesscope.space import Space
+from hesscope.space import random as counter_based
+
+
+class BatchColumns(MatrixRun):
+    """Columns of the Hessian of the risk, through weights or through positions, whichever needs fewer products."""
+
+    def __init__(self, problem: Problem, space: Space, route: str) -> None:
+        self._problem, self._space = problem, space
+        self.graph_bytes = 0
+        with FlopCounterMode(display=False) as forward:
+            uses = [watch_uses(problem, 0, space)]
+        self._forward_flops = forward.get_total_flops()
+        uses += [watch_uses(problem, b, space) for b in range(1, len(problem.batches))]
+        self._boxes = boxes_of(space, uses)
+        batches = range(len(problem.batches))
+        self._plans = [plan_batch(problem, b, space, self._boxes, uses[b], route, self._copies) for b in batches]
+        self._ends = list(accumulate(len(plan.tasks) for plan in self._plans))
+        self._share = [count / problem.N for count in problem.counts]
+        self.tasks = self._ends[-1]
+        self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
+        self._starts = dict(zip(space.names, accumulate((c.size for c in space.coordinates), initial=0), strict=False))
+        self._by_name = {c.name: c for c in space.coordinates}
+        self._built: tuple[int, BlockGraph] | None = None
+        self._unused: dict[int, set[str]] = {}
+        self._check: Tensor | None = None
+        self._form = ""
+        #: Forward passes over the data, by count of multiplications, and of one product with each parameter's columns.
+        self.units = 0.0
+        self.pass_units: dict[str, float] = {}
+
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        b = bisect_right(self._ends, task)
+        plan, graph = self._plans[b], self._graph(b)
+        local = task - (self._ends[b - 1] if b else 0)
+        work, share = plan.tasks[local], self._share[b]
+        counter = FlopCounterMode(display=False) if work.name not in self.pass_units else None
+        with counter or torch.no_grad():
+            rows_j, rows_kn = self._rows(plan, graph, work)
+        if counter is not None:
+            self.pass_units[work.name] = self._units(counter, work, b)
+        self._add(plan, work.name, rows_j, rows_kn, into_nn, weight / self._problem.N)
+        if b == 0 and work.positions is not None:
+            self._hold_against_weights(plan, graph, local, rows_kn, rows_j)
+        self.units += share * work.products * self.pass_units[work.name]
+        if task == self._ends[b] - 1:
+            self._unused[b] = set(graph.unused)
+            warn_of_unused(self._unused, len(self._plans))
+            self._built = None
+        return share * work.products
+
+    def describe(self) -> dict[str, Any]:
+        routes = [
+            "positions" if plan.through_positions and plan.through_positions >= set(plan.boxes) else
+            "both" if plan.through_positions else "weights" for plan in self._plans
+        ]  # fmt: skip
+        return {
+            "route": routes[0] if len(set(routes)) == 1 else "both",
+            "copies": max(plan.copies for plan in self._plans),
+            "output_projection": self._form,
+            "graph_bytes": self.graph_bytes,
+            "forward_passes_a_product": self.pass_units,
+        }
+
+    # ---- one task
+
+    def _rows(self, plan: BatchPlan, graph: BlockGraph, work: Task) -> tuple[Tensor, Tensor]:
+        """Places j in the selection, and what this task adds to the rows A[j, :]."""
+        c, start = self._by_name[work.name], self._starts[work.name]
+        if work.positions is None:
+            assert work.which is not None
+            return (start + work.which).to(self._space.device), graph.columns(c, work.which)
+        box, X_STc = self._boxes[work.name], graph.inputs(work.name)
+        mine = (box.unit_at == work.unit).nonzero()[:, 0]
+        if X_STc is None:
+            return start + mine, torch.zeros(len(mine), self._space.size, dtype=self._space.dtype, device=mine.device)
+        M_QSn = torch.cat([graph.responses(work.name, work.unit, q) for q in torch.split(work.positions, plan.copies)])
+        X_SQj = X_STc[:, work.positions.to(X_STc.device)][..., box.input_at[mine]].to(M_QSn.dtype)
+        return start + mine, X_SQj.permute(2, 1, 0).flatten(1) @ M_QSn.flatten(0, 1)
+
+    def _add(self, plan: BatchPlan, name: str, j: Tensor, rows_kn: Tensor, into_nn: Tensor, weight: float) -> None:
+        """Add to the rows A[j, :], and to columns A[:, j] of parameters that do not find them themselves.
+
+        Rows through positions lack what earlier layers do to this layer's input; those entries come from the earlier
+        layers' own rows, by symmetry.
+        """
+        for c in self._space.coordinates:
+            part = slice(self._starts[c.name], self._starts[c.name] + c.size)
+            if self._is_whole(plan, name, c.name):
+                into_nn[j, part] += weight * rows_kn[:, part]
+            if c.name != name and not self._is_whole(plan, c.name, name):
+                into_nn[part, j] += weight * rows_kn[:, part].T
+
+    def _is_whole(self, plan: BatchPlan, name: str, other: str) -> bool:
+        """Whether the rows of one parameter are right in the columns of another."""
+        return name not in plan.through_positions or plan.order[other] >= plan.order[name]
+
+    def _hold_against_weights(self, plan: BatchPlan, graph: BlockGraph, local: int, rows_kn: Tensor, j: Tensor) -> None:
+        """Hold the first unit through positions against one product through weights."""
+        work, last = plan.tasks[local], local + 1 == len(plan.tasks)
+        first = next(i for i, task in enumerate(plan.tasks) if task.positions is not None)
+        if plan.tasks[first].name != work.name or work.unit != 0:
+            return
+        if local == first:
+            self._check = torch.zeros_like(rows_kn)
+        if self._check is None:
+            return
+        self._check += rows_kn
+        if not last and plan.tasks[local + 1].name == work.name and plan.tasks[local + 1].unit == 0:
+            return
+        box = self._boxes[work.name]
+        signs_j = counter_based.signs(counter_based.stream_key(0, "route"), torch.arange(len(j))).to(self._check)
+        v_b = torch.zeros(box.shape[0] * box.shape[1], dtype=self._check.dtype, device=self._check.device)
+        v_b[box.place[j - self._starts[work.name]]] = signs_j
+        seen = [c.size for c in self._space.coordinates], [c.name for c in self._space.coordinates]
+        whole_n = torch.cat(
+            [torch.full((size,), self._is_whole(plan, work.name, name)) for size, name in zip(*seen, strict=True)]
+        )
+        _require_same(work.name, (signs_j @ self._check)[whole_n], graph.product(work.name, v_b.view(box.shape))[whole_n],
+                      self._space.coordinates)  # fmt: skip
+        self._check = None
+
+    # ---- one batch
+
+    def _graph(self, b: int) -> BlockGraph:
+        if self._built is None or self._built[0] != b:
+            self._built = None  # the old graph goes before the new one is built
+            self._built = b, self._build(b, self._plans[b])
+        return self._built[1]
+
+    def _build(self, b: int, plan: BatchPlan) -> BlockGraph:
+        loss: Loss | None = None
+        if isinstance(self._problem.loss, CausalLMLoss) and not self._selects_output_projection():
+            loss = ProjectedCausalLMLoss(self._problem.loss, plan.products, plan.copies)
+        graph = BlockGraph(
+            self._problem, b, self._space, self._boxes, plan.through_positions, plan.copies, plan.sequences, loss
+        )
+        self._form = loss.form if isinstance(loss, ProjectedCausalLMLoss) else "logits"
+        self.graph_bytes = max(self.graph_bytes, graph.bytes)
+        self.units += self._share[b] * 3 * plan.copies
+        return graph
+
+    def _selects_output_projection(self) -> bool:
+        weight, named = output_weight(self._problem.model), named_parameters(self._problem.model)
+        return any(named[name] is weight for name in self._space.names)
+
+    def _copies(self, wanted: int) -> int:
+        """At most half of the free memory for the graph; one copy's size is measured, on the first batch."""
+        if wanted <= 1:
+            return 1
+        if not self.graph_bytes:
+            self.graph_bytes = BlockGraph(self._problem, 0, self._space, self._boxes).bytes
+        return max(1, min(wanted, available_bytes(self._problem.device) // 2 // max(self.graph_bytes, 1)))
+
+    def _units(self, counter: FlopCounterMode, work: Task, b: int) -> float:
+        """Forward passes of one product; devices whose backward pass is not counted get the usual two."""
+        forward = self._forward_flops * self._problem.counts[b] / max(self._problem.counts[0], 1)
+        found = counter.get_total_flops()
+        return found / work.products / forward if found and forward else 2.0
+
+
+def _require_same(name: str, found_n: Tensor, expected_n: Tensor, coordinates: Any) -> None:
+    eps = max(torch.finfo(c.dtype).eps for c in coordinates)
+    gap, scale = float((found_n - expected_n).norm()), float(expected_n.norm())
+    if not gap <= min(max(1000 * eps, 1e-3), 0.2) * scale:
+        raise HesscopeError(
+            f"Through positions and through weights the columns of {name} differ by {gap / max(scale, 1e-300):.1e} of their "
+            "norm: this model mixes sequences of a batch; pass route='weights'."
+        )

@@ -1,0 +1,136 @@
+"""How one batch's columns of a Hessian are found: through weights or positions, and how many at once. A matter of counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscope.engines.linear_uses import Box, Use, WatchUses
+from hesscope.losses import CausalLMLoss
+from hesscope.models import named_parameters
+from hesscope.problem import Problem
+from hesscope.space import Coordinates, Space
+
+#: So many tokens keep a device busy in one pass; smaller batches are repeated.
+_BUSY_TOKENS = {"cpu": 256, "cuda": 8192}
+#: Passes of one task through positions, whose responses are read out together.
+_PASSES = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some columns of one parameter: its selected coordinates `which`, or one unit of its box at `positions`."""
+
+    name: str
+    which: Tensor | None = None
+    unit: int = 0
+    positions: Tensor | None = None
+
+    @property
+    def products(self) -> int:
+        found = self.which if self.positions is None else self.positions
+        return 0 if found is None else len(found)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One batch's tasks. `order` says which layer is called when; it is empty unless some weights go through positions."""
+
+    tasks: list[Task]
+    boxes: dict[str, Box]
+    through_positions: frozenset[str]
+    order: dict[str, int]
+    copies: int
+    sequences: int
+
+    @property
+    def products(self) -> int:
+        return sum(task.products for task in self.tasks)
+
+
+def watch_uses(problem: Problem, b: int, space: Space) -> dict[str, list[Use] | None]:
+    """How batch b's forward pass uses the selected parameters."""
+    parameters = named_parameters(problem.model)
+    weights = {name: parameters[name].detach() for name in space.names}
+    with torch.no_grad(), WatchUses(weights) as watch:
+        problem.total(b, weights)
+    uses: dict[str, list[Use] | None] = watch.uses
+    return uses
+
+
+def boxes_of(space: Space, uses: list[dict[str, list[Use] | None]]) -> dict[str, Box]:
+    """Boxes of the weights that are used in no batch by anything but linear layers, all the same way round."""
+    found = {}
+    for c in space.coordinates:
+        calls = [batch[c.name] for batch in uses]
+        axes = {use.unit_axis for batch in calls for use in batch or ()}
+        if None not in calls and len(axes) == 1 and len(c.parameter_shape) == 2:
+            found[c.name] = Box(c, axes.pop())
+    return found
+
+
+def plan_batch(
+    problem: Problem,
+    b: int,
+    space: Space,
+    boxes: dict[str, Box],
+    uses: dict[str, list[Use] | None],
+    route: str,
+    most_copies: Callable[[int], int],
+) -> BatchPlan:
+    """Count the products of either route and take the fewer; `most_copies(wanted)` says how many fit in memory.
+
+    Through positions: only where every selected parameter has a box and is used once, and where sequences are apart.
+    """
+    tokens = _sequences_and_length(problem, b)
+    every = len(boxes) == len(space.coordinates)
+    once = every and all(len(uses[name] or ()) <= 1 for name in boxes)
+    short = [
+        c.name
+        for c in space.coordinates
+        if once and tokens and _fits(boxes[c.name], uses[c.name], tokens) and _shorter(c, boxes[c.name], tokens, route)
+    ]
+    S, T = tokens or (1, 0)
+    copies = most_copies(_wanted_copies(problem, S * T, space.size)) if every and tokens else 1
+    through = frozenset(short) if route != "weights" else frozenset()
+    tasks = []
+    for c in space.coordinates:
+        tasks += _through_positions(c, boxes[c.name], T, copies) if c.name in through else _through_weights(c, copies)
+    order = {name: (uses[name] or [Use(0, 0, 0)])[0].order for name in boxes} if through else {}
+    return BatchPlan(tasks, boxes, through, order, copies, S if through else 1)
+
+
+def _through_weights(c: Coordinates, copies: int) -> list[Task]:
+    return [Task(c.name, which) for which in torch.split(torch.arange(c.size), copies)]
+
+
+def _through_positions(c: Coordinates, box: Box, length: int, copies: int) -> list[Task]:
+    chunks = torch.split(torch.arange(length), _PASSES * copies)
+    return [Task(c.name, unit=unit, positions=q) for unit in range(box.shape[0]) for q in chunks]
+
+
+def _shorter(c: Coordinates, box: Box, tokens: tuple[int, int], route: str) -> bool:
+    return route == "positions" or box.shape[0] * tokens[1] < c.size
+
+
+def _fits(box: Box, uses: list[Use] | None, tokens: tuple[int, int]) -> bool:
+    """Whether the layer receives every position of every sequence, once."""
+    return bool(uses) and uses is not None and uses[0].elements == tokens[0] * tokens[1] * box.in_features
+
+
+def _sequences_and_length(problem: Problem, b: int) -> tuple[int, int] | None:
+    """Sequences and padded length of a language model's batch whose loss is a sum over its sequences; otherwise None."""
+    batch: Any = problem.batches[b]
+    if not isinstance(problem.loss, CausalLMLoss) or problem.dropout != "off" or "input_ids" not in batch:
+        return None
+    ids = batch["input_ids"]
+    along = all(isinstance(x, Tensor) and x.dim() >= 2 and len(x) == len(ids) for x in batch.values())
+    return (int(ids.shape[0]), int(ids.shape[1])) if along else None
+
+
+def _wanted_copies(problem: Problem, tokens: int, n: int) -> int:
+    return max(1, min(_BUSY_TOKENS.get(problem.device.type, 256) // max(tokens, 1), n))

@@ -1,0 +1,119 @@
+"""The matrix of an operator, a bounded piece of work at a time.
+
+A piece of work adds to a given [n, n] tensor, so that batches, terms of a sum and a resumed run all accumulate in one place.
+Rows are written rather than columns: the matrix is symmetric, and rows are contiguous.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from hesscope.errors import HesscopeError
+from hesscope.operators.base import Operator
+from hesscope.operators.chunks import chunk_size
+from hesscope.space import Vectors
+
+ROUTES = ("auto", "weights", "positions")
+
+
+class MatrixRun(ABC):
+    """The work that gives a matrix: `tasks` pieces, run in order, each once."""
+
+    tasks: int
+    #: Products expected in all.
+    products: float
+
+    @abstractmethod
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        """Add `weight` times what this task finds, and return the products that it took."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """How the matrix is found, for the record of a result, as JSON."""
+
+
+@runtime_checkable
+class KnowsItsMatrix(Protocol):
+    """An operator with a better way to its matrix than products with unit vectors."""
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        """The work; `route` is one of ROUTES."""
+        ...
+
+
+def matrix_run(A: Operator, route: str = "auto") -> MatrixRun:
+    """The work that gives the operator's matrix, the operator's own way where it has one.
+
+    Raises HesscopeError for an unknown route.
+    """
+    if route not in ROUTES:
+        raise HesscopeError(f"Expected route to be one of {', '.join(ROUTES)}, got {route!r}.")
+    return A.matrix_run(route) if isinstance(A, KnowsItsMatrix) else UnitVectors(A)
+
+
+class UnitVectors(MatrixRun):
+    """Products with the unit vectors, a chunk at a time: for any operator."""
+
+    def __init__(self, A: Operator) -> None:
+        self._A, n = A, A.space.size
+        self._chunk = chunk_size(A)
+        self.tasks, self.products = -(-n // self._chunk), float(n)
+
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        start = task * self._chunk
+        stop = min(start + self._chunk, self._A.space.size)
+        columns_nk = self._A.space.flatten(self._A.matmat(self._A.space.basis(start, stop)))
+        into_nn[start:stop].add_(columns_nk.T, alpha=weight)
+        return float(stop - start)
+
+    def describe(self) -> dict[str, Any]:
+        return {"route": "products with unit vectors"}
+
+
+class OuterProduct(MatrixRun):
+    """weight * g g^T; costs no product."""
+
+    tasks, products = 1, 0.0
+
+    def __init__(self, A: Operator, g: Vectors, weight: float) -> None:
+        self._g_n, self._weight = A.space.flatten(g)[:, 0], weight
+
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        into_nn.addr_(self._g_n, self._g_n, alpha=weight * self._weight)
+        return 0.0
+
+    def describe(self) -> dict[str, Any]:
+        return {"route": "outer product"}
+
+
+class Weighted(MatrixRun):
+    """factor * A."""
+
+    def __init__(self, base: MatrixRun, factor: float) -> None:
+        self._base, self._factor = base, factor
+        self.tasks, self.products = base.tasks, base.products
+
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        return self._base.run(task, into_nn, weight * self._factor)
+
+    def describe(self) -> dict[str, Any]:
+        return self._base.describe()
+
+
+class OneAfterAnother(MatrixRun):
+    """A + B."""
+
+    def __init__(self, first: MatrixRun, second: MatrixRun) -> None:
+        self._first, self._second = first, second
+        self.tasks, self.products = first.tasks + second.tasks, first.products + second.products
+
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        if task < self._first.tasks:
+            return self._first.run(task, into_nn, weight)
+        return self._second.run(task - self._first.tasks, into_nn, weight)
+
+    def describe(self) -> dict[str, Any]:
+        return {"terms": [self._first.describe(), self._second.describe()]}
