@@ -49,7 +49,7 @@ def _blocks(model: nn.Module, trunk: Trunk | None, blocks: Numbers | None) -> li
 def _names(layers: Names | None) -> list[str]:
     if layers is None:
         return ["all"]
-    listed = [layers] if isinstance(layers, str) else list(layers)
+    listed = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
     if not all(isinstance(item, str) for item in listed):
         raise HesscopeError(f"Expected layers as text or a list of names, got {layers!r}.")
     found = [part.strip().removesuffix(".weight") for item in listed for part in item.split(",") if part.strip()]
@@ -75,11 +75,12 @@ def _find(
 
 
 def _matches(layer: str, pool: Layers) -> list[str]:
-    """The parameters with just this name, else those that end with it after a dot, else those that match it as a glob."""
+    """The parameters of just this name, else those that end with it after a dot, else those that match it as a glob."""
+    glob = "*" if layer == "all" else layer
     tests: tuple[Callable[[str], bool], ...] = (
         lambda own: own == layer,
         lambda own: own.endswith(f".{layer}"),
-        lambda own: fnmatchcase(own, "*" if layer == "all" else layer),
+        lambda own: fnmatchcase(own, glob) or fnmatchcase(own, f"*.{glob}"),
     )
     for test in tests:
         if found := [name for (_, own), name in pool.items() if test(own)]:
@@ -94,7 +95,7 @@ def _no_layer(
         {block for (block, own), name in known.items() if block is not None and _matches(layer, {(block, own): name})}
     )
     if elsewhere:
-        return f"No layer {layer!r} in block {_listed(chosen)} of {type(model).__name__}; it is in block {_listed(elsewhere)}."
+        return f"No layer {layer!r} in {_listed(chosen)} of {type(model).__name__}; it is in {_listed(elsewhere)}."
     candidates = dict.fromkeys(own for (_, own), name in known.items() if places[name].is_matrix)
     nearest = sorted(candidates, key=lambda own: -_likeness(layer, own))[:3]
     return f"{type(model).__name__} has no layer {layer!r}; the nearest are {', '.join(nearest)}."
@@ -107,5 +108,6 @@ def _likeness(wanted: str, name: str) -> float:
     return max(difflib.SequenceMatcher(None, wanted, tail).ratio() for tail in tails)
 
 
-def _listed(blocks: Iterable[int | None]) -> str:
-    return ", ".join(map(str, blocks))
+def _listed(blocks: Sequence[int | None]) -> str:
+    shown = ", ".join(map(str, blocks[:8]))
+    return f"{'blocks' if len(blocks) > 1 else 'block'} {shown}{', ...' if len(blocks) > 8 else ''}"
