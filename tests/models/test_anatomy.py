@@ -133,6 +133,13 @@ def test_the_units_of_a_stack_of_experts(name: str) -> None:
     assert gradient.reshape(-1)[view].any(1).nonzero()[:, 0].tolist() == [5, 13, 21, 29]
 
 
+def test_a_square_stack_of_experts_is_read_as_its_module_says() -> None:
+    stack = nn.ParameterDict({"up": torch.zeros(2, 3, 3), "down": torch.zeros(2, 3, 3)})
+    assert {p.unit_axis for p in places(stack, None).values()} == {1}
+    stack.is_transposed = True
+    assert {p.unit_axis for p in places(stack, None).values()} == {2}
+
+
 def test_experts_as_separate_modules_are_inside_their_block() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -44,13 +44,14 @@ def find_trunk(model: nn.Module) -> Trunk | None:
     Alike are modules of one class, or such that share at least half of their submodules' names, or few classes taking
     turns; each is made of smaller modules. Lists inside a list (experts inside blocks) do not count.
     """
-    found: dict[str, nn.ModuleList | nn.Sequential] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and _alike(module):
-            found[name] = module
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _alike(module)
+    }
     if not found:
         return None
+    # A list comes before those inside it and holds no fewer weights, so it wins over them.
     prefix = max(found, key=lambda name: sum(p.numel() for p in found[name].parameters()))
     return Trunk(prefix, tuple(found[prefix]))
 
