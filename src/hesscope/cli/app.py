@@ -9,6 +9,7 @@ import typer
 
 from hesscope.cli.options import CommonOptions, with_common_options
 from hesscope.cli.running import finish, make_operator, make_problem, make_space, output_folder
+from hesscope.cli.separate import separable
 
 app = typer.Typer(
     name="hesscope",
@@ -31,6 +32,7 @@ _Target = Annotated[
 
 @app.command()
 @with_common_options
+@separable
 def block(common: CommonOptions) -> None:
     """The exact matrix of the operator over the selected weights: n products for n weights.
 
@@ -45,6 +47,7 @@ def block(common: CommonOptions) -> None:
 
 @app.command()
 @with_common_options
+@separable
 def diagonal(
     common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
 ) -> None:
@@ -58,6 +61,7 @@ def diagonal(
 
 @app.command()
 @with_common_options
+@separable
 def eigs(
     common: CommonOptions,
     k: Annotated[int, typer.Option("-k", "--k", help="How many eigenpairs.")] = 6,
@@ -79,6 +83,7 @@ def eigs(
 
 @app.command()
 @with_common_options
+@separable
 def trace(
     common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
 ) -> None:
@@ -92,6 +97,7 @@ def trace(
 
 @app.command()
 @with_common_options
+@separable
 def density(
     common: CommonOptions,
     probes: Annotated[int, typer.Option(help="Random start vectors; the error bars come from their spread.")] = 10,

@@ -40,6 +40,12 @@ class CommonOptions:
     objective: Annotated[str, _option("--objective", panel=_PROBLEM, help="nll: mean loss R in nats; perplexity: exp(R).")] = "nll"  # fmt: skip
     dropout: Annotated[str, _option("--dropout", panel=_PROBLEM, help="off, or frozen: one seeded mask a batch.")] = "off"  # fmt: skip
     params: Annotated[list[str] | None, _option("--params", panel=_WHAT, help="Glob over parameter names; may be repeated (a union). '!glob' takes away, 're:...' is a regular expression, 'name[0:4, :8]' a part of one parameter. Every trainable parameter by default.")] = None  # fmt: skip
+    layers: Annotated[str | None, _option("--layers", panel=_WHAT, help="Layers by their names inside a block, separated by commas: self_attn.q_proj, q_proj, 'mlp.*' or all; lm_head and the like by their full names.")] = None  # fmt: skip
+    blocks: Annotated[str | None, _option("--blocks", panel=_WHAT, help="Blocks of the model: 0,3,11 or 0-5 or :3 or -1 (the last) or all.")] = None  # fmt: skip
+    rows: Annotated[str | None, _option("--rows", panel=_WHAT, help="Output units of each layer: 0,5-7.")] = None  # fmt: skip
+    first: Annotated[int | None, _option("--first", "-t", panel=_WHAT, help="Only the first so many entries of each layer, row after row.")] = None  # fmt: skip
+    random: Annotated[int | None, _option("--random", panel=_WHAT, help="Only so many entries of the whole selection, drawn with --seed.")] = None  # fmt: skip
+    indices: Annotated[str | None, _option("--indices", panel=_WHAT, help="JSON file that gives parameters lists of flat indices, or that JSON itself.")] = None  # fmt: skip
     operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian.")] = "hessian"  # fmt: skip
     engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse or finite-difference.")] = "auto"  # fmt: skip
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hesscope.cli.config import read_indices
 from hesscope.cli.options import CommonOptions
 from hesscope.errors import HesscopeError
 
@@ -22,7 +26,22 @@ _PROBLEM_FIELDS = (
     *("model", "revision", "tokenizer", "length", "sequences", "batch_size", "dtype", "device"),
     *("split", "data_config", "text_column", "pack", "objective", "dropout", "seed"),
 )
+#: Fields that go to `hesscope.select`.
+_SELECTION_FIELDS = ("layers", "blocks", "rows", "first", "random", "seed")
 _DEMO = "demo"
+
+#: The problem, loaded already, and the layer whose turn it is, where one command computes several results.
+_PREPARED: ContextVar[tuple[Problem, Space] | None] = ContextVar("prepared", default=None)
+
+
+@contextmanager
+def prepared(problem: Problem, space: Space) -> Iterator[None]:
+    """Inside, options stand for this problem and this selection: nothing is loaded again."""
+    token = _PREPARED.set((problem, space))
+    try:
+        yield
+    finally:
+        _PREPARED.reset(token)
 
 
 def output_folder(common: CommonOptions, verb: str) -> Path:
@@ -38,6 +57,8 @@ def make_problem(common: CommonOptions) -> Problem:
     """The problem that the options describe."""
     from hesscope.problem import causal_lm
 
+    if ready := _PREPARED.get():
+        return ready[0]
     if common.model is None:
         raise HesscopeError("Expected --model: a Hub id, a folder, or 'demo' for the small model that comes along.")
     if common.data is None:
@@ -56,14 +77,20 @@ def make_problem(common: CommonOptions) -> Problem:
 
 
 def make_space(common: CommonOptions, problem: Problem) -> Space:
-    """The selection that --params describes."""
+    """The selection that the options describe."""
     from hesscope.problem import select
 
-    return select(problem, *(common.params or ()))
+    if ready := _PREPARED.get():
+        return ready[1]
+    patterns: list[Any] = list(common.params or ())
+    if common.indices is not None:
+        patterns.append(read_indices(common.indices))
+    keywords = {name: getattr(common, name) for name in _SELECTION_FIELDS}
+    return select(problem, *patterns, **keywords)
 
 
 def make_operator(common: CommonOptions) -> Operator:
-    """The operator that --operator names, over --params."""
+    """The operator that --operator names, over the selection."""
     from hesscope.operators import PROBLEM_OPERATORS
 
     if common.operator not in PROBLEM_OPERATORS:
@@ -75,7 +102,7 @@ def make_operator(common: CommonOptions) -> Operator:
 
 def finish(result: Result, common: CommonOptions, folder: Path, **own: Any) -> None:
     """Write the folder with its figure, all at once, and say what came out and where it is."""
-    options = {**dataclasses.asdict(common), **own}
+    options = {**dataclasses.asdict(common), "separately": _PREPARED.get() is not None, **own}
     write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt)
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
