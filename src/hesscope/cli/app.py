@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hesscope.cli.options import CommonOptions, with_common_options
+from hesscope.cli.resuming import checkpoint
 from hesscope.cli.running import finish, make_operator, make_problem, make_space, output_folder
 from hesscope.cli.separate import separable
 
@@ -33,8 +34,13 @@ _Target = Annotated[
 @app.command()
 @with_common_options
 @separable
-def block(common: CommonOptions) -> None:
-    """The exact matrix of the operator over the selected weights: n products for n weights.
+def block(
+    common: CommonOptions,
+    route: Annotated[
+        str, typer.Option(help="auto, weights or positions: auto takes the one that needs fewer products.")
+    ] = "auto",
+) -> None:
+    """The exact matrix of the operator over the selected weights: at most n products for n weights.
 
     Example: hesscope block --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 256
     --sequences 8 --params 'transformer.h.0.attn.c_proj.weight[0]'
@@ -42,7 +48,8 @@ def block(common: CommonOptions) -> None:
     import hesscope as hs
 
     folder = output_folder(common, "block")
-    finish(hs.block(make_operator(common)), common, folder)
+    kept = checkpoint(common, folder)
+    finish(hs.block(make_operator(common), route, kept), common, folder, kept, route=route)
 
 
 @app.command()
@@ -56,7 +63,10 @@ def diagonal(
 
     folder = output_folder(common, "diagonal")
     own = {"method": method, "budget": budget, "target_error": target_error}
-    finish(hs.diagonal(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.diagonal(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
+    )
 
 
 @app.command()
@@ -78,7 +88,8 @@ def eigs(
 
     folder = output_folder(common, "eigs")
     own = {"k": k, "which": which, "tol": tol, "max_products": max_products}
-    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept), common, folder, kept, **own)
 
 
 @app.command()
@@ -92,7 +103,10 @@ def trace(
 
     folder = output_folder(common, "trace")
     own = {"method": method, "budget": budget, "target_error": target_error}
-    finish(hs.trace(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.trace(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
+    )
 
 
 @app.command()
@@ -111,7 +125,8 @@ def density(
 
     folder = output_folder(common, "density")
     own = {"probes": probes, "steps": steps, "bandwidth": bandwidth}
-    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed, kept), common, folder, kept, **own)
 
 
 @app.command()
