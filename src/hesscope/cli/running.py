@@ -12,6 +12,8 @@ from hesscope.cli.options import CommonOptions
 from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hesscope.operators import Operator
     from hesscope.problem import Problem
     from hesscope.results import Result
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
 #: Fields of the common options that go to `hesscope.causal_lm` as they are.
 _PROBLEM_FIELDS = (
     *("model", "revision", "tokenizer", "length", "sequences", "batch_size", "dtype", "device"),
-    *("split", "data_config", "text_column", "pack", "objective", "dropout", "seed"),
+    *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed"),
 )
-_DEMO = "demo"
+DEMO = "demo"
 
 
 def output_folder(common: CommonOptions, verb: str) -> Path:
@@ -44,18 +46,18 @@ def make_problem(common: CommonOptions) -> Problem:
         raise HesscopeError("Expected --data: a Hub dataset, a .txt, .jsonl or .parquet file, or 'demo'.")
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
     data: Any = common.data
-    if common.model == _DEMO:
+    if common.model == DEMO:
         from hesscope.assets import model_path
 
         keywords["model"] = str(model_path())
-    if common.data == _DEMO:
+    if common.data == DEMO:
         from hesscope.assets import prose
 
         data, keywords["pack"] = [prose("held_out")], True
     return causal_lm(data=data, **keywords)
 
 
-def make_space(common: CommonOptions, problem: Problem) -> Space:
+def make_space(common: CommonOptions, problem: Problem | nn.Module) -> Space:
     """The selection that --params describes."""
     from hesscope.problem import select
 
@@ -64,12 +66,16 @@ def make_space(common: CommonOptions, problem: Problem) -> Space:
 
 def make_operator(common: CommonOptions) -> Operator:
     """The operator that --operator names, over --params."""
+    return operator_of(common, make_problem(common))
+
+
+def operator_of(common: CommonOptions, problem: Problem) -> Operator:
+    """The operator that --operator names, of a problem, over --params."""
     from hesscope.operators import PROBLEM_OPERATORS
 
     if common.operator not in PROBLEM_OPERATORS:
         known = ", ".join(PROBLEM_OPERATORS)
         raise HesscopeError(f"Expected --operator to be one of {known}, got {common.operator!r}.")
-    problem = make_problem(common)
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
 
 

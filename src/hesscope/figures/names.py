@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from hesscope.figures import segments
@@ -54,6 +54,18 @@ def name_axes(labels: list[str], side: float) -> AxisNames:
     if len(rows) > 1:
         return _rows(parameters[0].name, rows, len(labels), side)
     return _coordinates(rows[0].name, labels)
+
+
+def name_cells(names: list[str], side: float) -> AxisNames:
+    """Names of the cells of a matrix that is `side` inches wide, as many as fit; equal neighbours share one."""
+    found = [Segment(key, run[0], run[-1] + 1) for key, run in _runs(names)]
+    kept = segments.spaced(found, _LINE * len(names) / side)
+    some = f"{len(kept)} of {len(found)} named" if len(kept) < len(found) else ""
+    return _names(kept, [s.name for s in kept], some, len(names), side)
+
+
+def _runs(names: list[str]) -> list[tuple[str, list[int]]]:
+    return [(key, list(run)) for key, run in groupby(range(len(names)), key=names.__getitem__)]
 
 
 def _parameters(found: list[Segment], n: int, side: float) -> AxisNames:

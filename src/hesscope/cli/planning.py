@@ -1,0 +1,91 @@
+"""`hesscope structure --plan`: what a run would take, from configurations alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from hesscope.cli.cases import Case, cases
+from hesscope.cli.options import CommonOptions
+from hesscope.cli.running import DEMO, make_space
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_GIB = 2**30
+
+
+def plan_structure(common: CommonOptions, losses: str | None) -> None:
+    """Print the plan of every case; models are built without weights, and no text is read."""
+    console = Console(highlight=False, soft_wrap=True)
+    for of_model in cases(common, losses):
+        console.print("\n".join(_lines(of_model)), markup=False)
+
+
+def _lines(of_model: list[Case]) -> list[str]:
+    from hesscope.algorithms.membership import membership
+    from hesscope.algorithms.planning import plan_block
+    from hesscope.engines import make_engine
+    from hesscope.results.energy import CLASSES
+    from hesscope.results.structure import percent
+
+    common = of_model[0].common
+    model = _skeleton(common)
+    space = make_space(common, model)
+    plan = plan_block(space.size, space.dtype.itemsize, make_engine(common.engine))
+    members = membership(space.labels, space.describe())
+    entries = members.entries()
+    chance = ", ".join(f"{name} {percent(k / plan.size**2)}" for name, k in zip(CLASSES, entries.tolist(), strict=True))
+    count, weights_bytes = _weights(model)
+    passes = f"{plan.passes_kept:,.0f} with every graph kept, {plan.passes_anew:,.0f} with none"
+    rows = {
+        "weights": f"{count:,} in {common.dtype or 'float32'}, {_bytes(weights_bytes)}",
+        "selected": f"n = {plan.size:,} in {len(members.layers)} layers of {len(members.blocks)} blocks",
+        "chance": chance,
+        "cases": f"{len(of_model)} ({', '.join(_loss(case) for case in of_model)}); what follows is for each",
+        "products": f"{plan.products:,}"
+        + (f" and {plan.probe_products} to check first" if plan.probe_products else ""),
+        "forward passes": passes,
+        "arithmetic": _arithmetic(count, common, plan.passes_kept, plan.passes_anew),
+        "the matrix": f"{_bytes(plan.matrix_bytes)}; matrices at their peak {_bytes(plan.peak_bytes)}",
+        "not in this": "activations and graphs of the batches, which depend on --length and --batch-size",
+    }
+    return [f"plan for {common.model}: nothing was loaded or run", *(f"  {k:14}  {v}" for k, v in rows.items())]
+
+
+def _skeleton(common: CommonOptions) -> nn.Module:
+    from hesscope.models import load_skeleton
+    from hesscope.models.loading import resolve_dtype
+
+    name = str(common.model)
+    if name == DEMO:
+        from hesscope.assets import model_path
+
+        name = str(model_path())
+    hub = {} if common.revision is None else {"revision": common.revision}
+    return load_skeleton(name, resolve_dtype(common.dtype), **hub)
+
+
+def _weights(model: nn.Module) -> tuple[int, int]:
+    """How many weights, tied ones once, and the bytes of parameters and buffers."""
+    parameters = list(model.parameters())
+    held = sum(t.numel() * t.dtype.itemsize for t in [*parameters, *model.buffers()])
+    return sum(p.numel() for p in parameters), held
+
+
+def _loss(case: Case) -> str:
+    return case.common.loss if case.common.objective == "nll" else f"{case.common.objective} of {case.common.loss}"
+
+
+def _arithmetic(weights: int, common: CommonOptions, least: float, most: float) -> str:
+    """Two operations a weight and token in a forward pass; attention's own are not in it."""
+    if common.length is None or common.sequences is None:
+        return "unknown without --length and --sequences"
+    tokens = common.length * common.sequences
+    low, high = (2.0 * weights * tokens * passes for passes in (least, most))
+    return f"about {low:.1e} to {high:.1e} operations (2 a weight and token, {tokens:,} tokens a pass)"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
