@@ -28,7 +28,7 @@ def _lines(of_model: list[Case]) -> list[str]:
     from hesscope.algorithms.planning import plan_block
     from hesscope.engines import make_engine
     from hesscope.results.energy import CLASSES
-    from hesscope.results.structure import percent
+    from hesscope.results.structure import grouping, percent
 
     common = of_model[0].common
     model = _skeleton(common)
@@ -41,7 +41,7 @@ def _lines(of_model: list[Case]) -> list[str]:
     passes = f"{plan.passes_kept:,.0f} with every graph kept, {plan.passes_anew:,.0f} with none"
     rows = {
         "weights": f"{count:,} in {common.dtype or 'float32'}, {_bytes(weights_bytes)}",
-        "selected": f"n = {plan.size:,} in {len(members.layers)} layers of {len(members.blocks)} blocks",
+        "selected": f"n = {plan.size:,}: {grouping(members.layers, members.blocks)}",
         "chance": chance,
         "cases": f"{len(of_model)} ({', '.join(_loss(case) for case in of_model)}); what follows is for each",
         "products": f"{plan.products:,}"

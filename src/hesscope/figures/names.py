@@ -58,14 +58,13 @@ def name_axes(labels: list[str], side: float) -> AxisNames:
 
 def name_cells(names: list[str], side: float) -> AxisNames:
     """Names of the cells of a matrix that is `side` inches wide, as many as fit; equal neighbours share one."""
-    found = [Segment(key, run[0], run[-1] + 1) for key, run in _runs(names)]
+    runs = [list(run) for _, run in groupby(range(len(names)), key=names.__getitem__)]
+    prefix, short = segments.shorten([names[run[0]] for run in runs])
+    found = [Segment(name, run[0], run[-1] + 1) for name, run in zip(short, runs, strict=True)]
     kept = segments.spaced(found, _LINE * len(names) / side)
     some = f"{len(kept)} of {len(found)} named" if len(kept) < len(found) else ""
-    return _names(kept, [s.name for s in kept], some, len(names), side)
-
-
-def _runs(names: list[str]) -> list[tuple[str, list[int]]]:
-    return [(key, list(run)) for key, run in groupby(range(len(names)), key=names.__getitem__)]
+    caption = "  ·  ".join(part for part in (f"in {prefix}" if prefix else "", some) if part)
+    return _names(kept, [s.name for s in kept], caption, len(names), side)
 
 
 def _parameters(found: list[Segment], n: int, side: float) -> AxisNames:

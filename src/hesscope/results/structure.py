@@ -97,8 +97,7 @@ class Structure(Result):
 
     def summary(self) -> str:
         head = (
-            f"structure of a {self.size} x {self.size} matrix, {_count(len(self.layers), 'layer')} in "
-            f"{_count(len(self.blocks), 'block')}; {self.cost_line()}"
+            f"structure of a {self.size} x {self.size} matrix, {grouping(self.layers, self.blocks)}; {self.cost_line()}"
         )
         if not float(self.energy.sum()) > 0:
             return f"{head}\nevery entry is zero: there are no shares"
@@ -137,6 +136,18 @@ def percent(part: float) -> str:
     if value == 0 or value != value:
         return "0%" if value == 0 else "-"
     return f"{value:.1f}%" if value >= 1 else f"{value:.2f}%" if value >= 0.01 else f"{value:.0e}%"
+
+
+def grouping(layers: list[str], blocks: list[str]) -> str:
+    """How many layers and blocks there are; a layer outside any block, which counts as one, carries its own name."""
+    outside = len(set(layers) & set(blocks))
+    within, inside = len(blocks) - outside, len(layers) - outside
+    apart = f"{_count(outside, 'layer')} outside any block, each counted as one"
+    return (
+        apart
+        if not within
+        else f"{_count(inside, 'layer')} in {_count(within, 'block')}" + f", {apart}" * (outside > 0)
+    )
 
 
 def _count(n: int, what: str) -> str:
