@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscope.algorithms.block import block
+from hesscope.algorithms.driver import versions
 from hesscope.algorithms.energy import energies
 from hesscope.algorithms.membership import membership
 from hesscope.errors import HesscopeError
@@ -122,7 +123,7 @@ def _compare(named: Mapping[str, Any]) -> StructureComparison:
         products=sum(part.products for part in parts),
         units=sum(part.units for part in parts),
         seconds=sum(part.seconds for part in parts),
-        provenance={"cases": {name: part.provenance for name, part in found.items()}},
+        provenance={"options": {}, "cases": {n: part.provenance for n, part in found.items()}, "versions": versions()},
         cases=list(found),
         energy=torch.stack([part.energy for part in parts]),
         entries=torch.stack([part.entries for part in parts]),

@@ -24,6 +24,7 @@ class Case:
     """One model with one loss: its options, a name that tells it from the others, and a folder's name."""
 
     name: str
+    loss: str
     common: CommonOptions
 
     @property
@@ -45,6 +46,7 @@ def cases(common: CommonOptions, losses: str | None) -> list[list[Case]]:
         of_model = [
             Case(
                 ", ".join(p for p in (titles[model] if len(models) > 1 else "", loss if len(chosen) > 1 else "") if p),
+                loss,
                 dataclasses.replace(common, model=model, loss=pair[0], objective=pair[1]),
             )
             for loss, pair in chosen.items()

@@ -43,7 +43,7 @@ def _lines(of_model: list[Case]) -> list[str]:
         "weights": f"{count:,} in {common.dtype or 'float32'}, {_bytes(weights_bytes)}",
         "selected": f"n = {plan.size:,}: {grouping(members.layers, members.blocks)}",
         "chance": chance,
-        "cases": f"{len(of_model)} ({', '.join(_loss(case) for case in of_model)}); what follows is for each",
+        "cases": f"{len(of_model)} ({', '.join(case.loss for case in of_model)}); what follows is for each",
         "products": f"{plan.products:,}"
         + (f" and {plan.probe_products} to check first" if plan.probe_products else ""),
         "forward passes": passes,
@@ -72,10 +72,6 @@ def _weights(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     held = sum(t.numel() * t.dtype.itemsize for t in [*parameters, *model.buffers()])
     return sum(p.numel() for p in parameters), held
-
-
-def _loss(case: Case) -> str:
-    return case.common.loss if case.common.objective == "nll" else f"{case.common.objective} of {case.common.loss}"
 
 
 def _arithmetic(weights: int, common: CommonOptions, least: float, most: float) -> str:
