@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    return _say("Interrupted; nothing unfinished was written.", INTERRUPTED)
+    return _say("Interrupted; no result was left half-written.", INTERRUPTED)
 
 
 def _unexpected(error: Exception) -> str:

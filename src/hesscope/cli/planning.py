@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hesscope.cli.cases import Case, cases
 from hesscope.cli.options import CommonOptions
-from hesscope.cli.running import DEMO, make_space
+from hesscope.cli.running import make_space, model_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,13 +58,8 @@ def _skeleton(common: CommonOptions) -> nn.Module:
     from hesscope.models import load_skeleton
     from hesscope.models.loading import resolve_dtype
 
-    name = str(common.model)
-    if name == DEMO:
-        from hesscope.assets import model_path
-
-        name = str(model_path())
     hub = {} if common.revision is None else {"revision": common.revision}
-    return load_skeleton(name, resolve_dtype(common.dtype), **hub)
+    return load_skeleton(model_source(common), resolve_dtype(common.dtype), **hub)
 
 
 def _weights(model: nn.Module) -> tuple[int, int]:

@@ -24,7 +24,7 @@ _PROBLEM_FIELDS = (
     *("model", "revision", "tokenizer", "length", "sequences", "batch_size", "dtype", "device"),
     *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed"),
 )
-DEMO = "demo"
+_DEMO = "demo"
 
 
 def output_folder(common: CommonOptions, verb: str) -> Path:
@@ -46,11 +46,8 @@ def make_problem(common: CommonOptions) -> Problem:
         raise HesscopeError("Expected --data: a Hub dataset, a .txt, .jsonl or .parquet file, or 'demo'.")
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
     data: Any = common.data
-    if common.model == DEMO:
-        from hesscope.assets import model_path
-
-        keywords["model"] = str(model_path())
-    if common.data == DEMO:
+    keywords["model"] = model_source(common)
+    if common.data == _DEMO:
         from hesscope.assets import prose
 
         data, keywords["pack"] = [prose("held_out")], True
@@ -58,25 +55,32 @@ def make_problem(common: CommonOptions) -> Problem:
 
 
 def make_space(common: CommonOptions, problem: Problem | nn.Module) -> Space:
-    """The selection that --params describes."""
+    """The selection that the options describe."""
     from hesscope.problem import select
 
     return select(problem, *(common.params or ()))
 
 
 def make_operator(common: CommonOptions) -> Operator:
-    """The operator that --operator names, over --params."""
+    """The operator that --operator names, over the selection."""
     return operator_of(common, make_problem(common))
 
 
 def operator_of(common: CommonOptions, problem: Problem) -> Operator:
-    """The operator that --operator names, of a problem, over --params."""
+    """The same, of a problem that was made before."""
     from hesscope.operators import PROBLEM_OPERATORS
 
     if common.operator not in PROBLEM_OPERATORS:
         known = ", ".join(PROBLEM_OPERATORS)
         raise HesscopeError(f"Expected --operator to be one of {known}, got {common.operator!r}.")
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
+
+
+def model_source(common: CommonOptions) -> str:
+    """Where the model that --model names is loaded from."""
+    from hesscope.assets import model_path
+
+    return str(model_path()) if common.model == _DEMO else str(common.model)
 
 
 def finish(result: Result, common: CommonOptions, folder: Path, **own: Any) -> None:
