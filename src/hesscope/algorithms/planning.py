@@ -16,16 +16,16 @@ _FLOAT64 = 8  # bytes
 class BlockPlan:
     """Cost of n products and memory of n x n matrices, from the size alone; nothing here is measured.
 
-    `passes_kept` and `passes_anew` are forward passes over the data: with every batch's graph kept between products, and
-    with none. `matrix_bytes` is the block itself; `peak_bytes` the most that matrices hold at once, while the block is
-    symmetrised or its eigenvalues are found.
+    `products` is the most: rows of linear layers may take fewer, through positions. `passes` are forward passes over the
+    data for all of them, at the engine's price on a graph that is kept, the probe before a long run included.
+    `matrix_bytes` is the block itself; `peak_bytes` the most that matrices hold at once, while the block is found or
+    written, or while its eigenvalues are found.
     """
 
     size: int
     products: int
     probe_products: int
-    passes_kept: float
-    passes_anew: float
+    passes: float
     matrix_bytes: int
     peak_bytes: int
 
@@ -33,14 +33,12 @@ class BlockPlan:
 def plan_block(size: int, itemsize: int, engine: Engine) -> BlockPlan:
     """The plan for n coordinates whose vectors take `itemsize` bytes a number."""
     probe = _PROBE if size >= LONG_RUN else 0
-    products = size + probe
     matrix = size * size * itemsize
     return BlockPlan(
         size=size,
         products=size,
         probe_products=probe,
-        passes_kept=engine.build_units + engine.product_units * products,
-        passes_anew=(engine.build_units + engine.product_units) * products,
+        passes=engine.build_units + engine.product_units * size + (engine.build_units + engine.product_units) * probe,
         matrix_bytes=matrix,
         peak_bytes=max(COPIES * matrix, matrix + _FLOAT64 * size * size),
     )
