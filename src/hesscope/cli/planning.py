@@ -38,16 +38,15 @@ def _lines(of_model: list[Case]) -> list[str]:
     entries = members.entries()
     chance = ", ".join(f"{name} {percent(k / plan.size**2)}" for name, k in zip(CLASSES, entries.tolist(), strict=True))
     count, weights_bytes = _weights(model)
-    passes = f"{plan.passes_kept:,.0f} with every graph kept, {plan.passes_anew:,.0f} with none"
     rows = {
         "weights": f"{count:,} in {common.dtype or 'float32'}, {_bytes(weights_bytes)}",
         "selected": f"n = {plan.size:,}: {grouping(members.layers, members.blocks)}",
         "chance": chance,
         "cases": f"{len(of_model)} ({', '.join(case.loss for case in of_model)}); what follows is for each",
-        "products": f"{plan.products:,}"
-        + (f" and {plan.probe_products} to check first" if plan.probe_products else ""),
-        "forward passes": passes,
-        "arithmetic": _arithmetic(count, common, plan.passes_kept, plan.passes_anew),
+        "products": f"at most {plan.products:,}"
+        + f", after {plan.probe_products} to check" * (plan.probe_products > 0),
+        "forward passes": f"about {plan.passes:,.0f}",
+        "arithmetic": _arithmetic(count, common, plan.passes),
         "the matrix": f"{_bytes(plan.matrix_bytes)}; matrices at their peak {_bytes(plan.peak_bytes)}",
         "not in this": "activations and graphs of the batches, which depend on --length and --batch-size",
     }
@@ -69,13 +68,13 @@ def _weights(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), held
 
 
-def _arithmetic(weights: int, common: CommonOptions, least: float, most: float) -> str:
+def _arithmetic(weights: int, common: CommonOptions, passes: float) -> str:
     """Two operations a weight and token in a forward pass; attention's own are not in it."""
     if common.length is None or common.sequences is None:
         return "unknown without --length and --sequences"
     tokens = common.length * common.sequences
-    low, high = (2.0 * weights * tokens * passes for passes in (least, most))
-    return f"about {low:.1e} to {high:.1e} operations (2 a weight and token, {tokens:,} tokens a pass)"
+    operations = 2.0 * weights * tokens * passes
+    return f"about {operations:.1e} operations (2 a weight and token, {tokens:,} tokens a pass)"
 
 
 def _bytes(size: int) -> str:
