@@ -146,12 +146,21 @@ def test_a_plan_reads_no_weights_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     said = capsys.readouterr().out
     n, weights = 2 * 12 * 8, 256 * 8 + 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8) + 8
-    assert f"n = {n}:" in said
+    assert f"n = {n}\n" in said
     assert f"{weights:,} in bfloat16" in said
     assert f"at most {n}, after 3 to check" in said
     assert f"about {3 + 6 * n + 9 * 3:,}" in said
     assert "2 (log-perplexity, regression)" in said
     assert "32 tokens a pass" in said
+
+
+def test_a_plan_for_more_weights_than_can_be_named_is_quick(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hesscope.cli.planning._MOST_LABELS", 10)
+    monkeypatch.setattr("hesscope.space.Space.labels", property(lambda _: pytest.fail("labels were made")))
+    assert command("structure", "--plan", "--params", "*up_proj.weight") == 0
+    assert "no exact matrix" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

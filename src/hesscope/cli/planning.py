@@ -13,7 +13,10 @@ from hesscope.cli.running import make_space, model_source
 if TYPE_CHECKING:
     from torch import nn
 
+    from hesscope.space import Space
+
 _GIB = 2**30
+_MOST_LABELS = 200_000
 
 
 def plan_structure(common: CommonOptions, losses: str | None) -> None:
@@ -24,24 +27,18 @@ def plan_structure(common: CommonOptions, losses: str | None) -> None:
 
 
 def _lines(of_model: list[Case]) -> list[str]:
-    from hesscope.algorithms.membership import membership
     from hesscope.algorithms.planning import plan_block
     from hesscope.engines import make_engine
-    from hesscope.results.energy import CLASSES
-    from hesscope.results.structure import grouping, percent
 
     common = of_model[0].common
     model = _skeleton(common)
     space = make_space(common, model)
     plan = plan_block(space.size, space.dtype.itemsize, make_engine(common.engine))
-    members = membership(space.labels, space.describe())
-    entries = members.entries()
-    chance = ", ".join(f"{name} {percent(k / plan.size**2)}" for name, k in zip(CLASSES, entries.tolist(), strict=True))
     count, weights_bytes = _weights(model)
     rows = {
         "weights": f"{count:,} in {common.dtype or 'float32'}, {_bytes(weights_bytes)}",
-        "selected": f"n = {plan.size:,}: {grouping(members.layers, members.blocks)}",
-        "chance": chance,
+        "selected": f"n = {plan.size:,}",
+        **_groups(space),
         "cases": f"{len(of_model)} ({', '.join(case.loss for case in of_model)}); what follows is for each",
         "products": f"at most {plan.products:,}"
         + f", after {plan.probe_products} to check" * (plan.probe_products > 0),
@@ -51,6 +48,20 @@ def _lines(of_model: list[Case]) -> list[str]:
         "not in this": "activations and graphs of the batches, which depend on --length and --batch-size",
     }
     return [f"plan for {common.model}: nothing was loaded or run", *(f"  {k:14}  {v}" for k, v in rows.items())]
+
+
+def _groups(space: Space) -> dict[str, str]:
+    """Layers, blocks and chance levels, which take a label a coordinate: not for whole models."""
+    from hesscope.algorithms.membership import membership
+    from hesscope.results.energy import CLASSES
+    from hesscope.results.structure import grouping, percent
+
+    if space.size > _MOST_LABELS:
+        return {"layers": f"{len(space.coordinates)} parameters; with so many weights no exact matrix is possible"}
+    members = membership(space.labels, space.describe())
+    parts = zip(CLASSES, members.entries().tolist(), strict=True)
+    chance = ", ".join(f"{name} {percent(k / space.size**2)}" for name, k in parts)
+    return {"layers": grouping(members.layers, members.blocks), "chance": chance}
 
 
 def _skeleton(common: CommonOptions) -> nn.Module:
