@@ -24,13 +24,14 @@ _HOMES = {
     "load": "hesscope.results",
     "operator": "hesscope.operators",
     "select": "hesscope.problem",
+    "structure": "hesscope.algorithms",
     "supervised": "hesscope.problem",
     "trace": "hesscope.algorithms",
     "verify": "hesscope.verification",
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, trace
+    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, structure, trace
     from hesscope.errors import HesscopeError, HesscopeWarning
     from hesscope.operators import Operator, hessian, operator
     from hesscope.problem import Problem, causal_lm, select, supervised
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "operator",
     "select",
+    "structure",
     "supervised",
     "trace",
     "verify",

@@ -18,6 +18,8 @@ from hesscope.results import Block
 
 #: Rows of the matrix that are looked at together, where a second matrix would be too much.
 _ROWS = 1024
+#: The matrix, and two more while it is written to a file.
+COPIES = 3
 
 
 def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint | None = None) -> Block:
@@ -111,12 +113,11 @@ def _require_finite(H: Operator, A_nn: Tensor) -> None:
 
 
 def _require_memory(H: Operator) -> None:
-    # The matrix, and two more while it is written to a file.
-    copies, free = 3, available_bytes(H.space.device)
+    free = available_bytes(H.space.device)
     n, size = H.space.size, H.dtype.itemsize
-    if copies * n * n * size > free:
-        fits = int((free / (copies * size)) ** 0.5)
+    if COPIES * n * n * size > free:
+        fits = int((free / (COPIES * size)) ** 0.5)
         raise HesscopeError(
-            f"Expected a block that fits in memory: {n} x {n} needs {copies * n * n * size / 2**30:.1f} GiB, of which "
+            f"Expected a block that fits in memory: {n} x {n} needs {COPIES * n * n * size / 2**30:.1f} GiB, of which "
             f"{free / 2**30:.1f} are free; select at most {fits} coordinates."
         )

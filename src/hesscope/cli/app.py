@@ -131,6 +131,36 @@ def density(
 
 @app.command()
 @with_common_options
+def structure(
+    common: CommonOptions,
+    losses: Annotated[
+        str | None,
+        typer.Option(help="Compare losses: log-perplexity, perplexity, classification, regression, by commas."),
+    ] = None,
+    block: Annotated[bool, typer.Option(help="Keep the exact matrix of each case in a folder beside it.")] = True,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take; loads no weights, runs nothing.")
+    ] = False,
+) -> None:
+    """Is the Hessian block-diagonal? Energy by rows, layers and blocks against chance, and all eigenvalues.
+
+    Costs n products for n weights. Several models by commas in --model, and several losses, give a folder each and one
+    table of all.
+
+    Example: hesscope structure --model demo --data demo --length 64 --sequences 4 --losses log-perplexity,regression
+    --params 'model.layers.*_proj.weight[0:2, 0:2]'
+    """
+    from hesscope.cli.planning import plan_structure
+    from hesscope.cli.structure import run_structure
+
+    if plan:
+        plan_structure(common, losses)
+    else:
+        run_structure(common, losses, keep_block=block)
+
+
+@app.command()
+@with_common_options
 def verify(common: CommonOptions) -> None:
     """Check the Hessian on your own problem: symmetry, repeatability, token weighting, a finite difference.
 

@@ -39,6 +39,7 @@ class CommonOptions:
     dtype: Annotated[str | None, _option("--dtype", panel=_PROBLEM, help="float64, float32 (default), bfloat16 or float16.")] = None  # fmt: skip
     device: Annotated[str | None, _option("--device", panel=_PROBLEM, help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None  # fmt: skip
     objective: Annotated[str, _option("--objective", panel=_PROBLEM, help="nll: mean loss R in nats; perplexity: exp(R).")] = "nll"  # fmt: skip
+    loss: Annotated[str, _option("--loss", panel=_PROBLEM, help="next_token; classification: the last token of each sequence only; regression: squared error of logits and one-hot next tokens.")] = "next_token"  # fmt: skip
     dropout: Annotated[str, _option("--dropout", panel=_PROBLEM, help="off, or frozen: one seeded mask a batch.")] = "off"  # fmt: skip
     params: Annotated[list[str] | None, _option("--params", panel=_WHAT, help="Glob over parameter names; may be repeated (a union). '!glob' takes away, 're:...' is a regular expression, 'name[0:4, :8]' a part of one parameter. Every trainable parameter by default.")] = None  # fmt: skip
     layers: Annotated[str | None, _option("--layers", panel=_WHAT, help="Layers by their names inside a block, separated by commas: self_attn.q_proj, q_proj, 'mlp.*' or all; lm_head and the like by their full names.")] = None  # fmt: skip

@@ -17,6 +17,8 @@ from hesscope.cli.resuming import result_folder
 from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hesscope.algorithms.checkpoint import Checkpoint
     from hesscope.operators import Operator
     from hesscope.problem import Problem
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 #: Fields of the common options that go to `hesscope.causal_lm` as they are.
 _PROBLEM_FIELDS = (
     *("model", "revision", "tokenizer", "length", "sequences", "batch_size", "dtype", "device"),
-    *("split", "data_config", "text_column", "pack", "objective", "dropout", "seed"),
+    *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed"),
 )
 #: Fields that go to `hesscope.select`.
 _SELECTION_FIELDS = ("layers", "blocks", "rows", "first", "random", "seed")
@@ -67,10 +69,7 @@ def make_problem(common: CommonOptions) -> Problem:
         raise HesscopeError("Expected --data: a Hub dataset, a .txt, .jsonl or .parquet file, or 'demo'.")
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
     data: Any = common.data
-    if common.model == _DEMO:
-        from hesscope.assets import model_path
-
-        keywords["model"] = str(model_path())
+    keywords["model"] = model_source(common)
     if common.data == _DEMO:
         from hesscope.assets import prose
 
@@ -78,7 +77,7 @@ def make_problem(common: CommonOptions) -> Problem:
     return causal_lm(data=data, **keywords)
 
 
-def make_space(common: CommonOptions, problem: Problem) -> Space:
+def make_space(common: CommonOptions, problem: Problem | nn.Module) -> Space:
     """The selection that the options describe."""
     from hesscope.problem import select
 
@@ -93,13 +92,24 @@ def make_space(common: CommonOptions, problem: Problem) -> Space:
 
 def make_operator(common: CommonOptions) -> Operator:
     """The operator that --operator names, over the selection."""
+    return operator_of(common, make_problem(common))
+
+
+def operator_of(common: CommonOptions, problem: Problem) -> Operator:
+    """The same, of a problem that was made before."""
     from hesscope.operators import PROBLEM_OPERATORS
 
     if common.operator not in PROBLEM_OPERATORS:
         known = ", ".join(PROBLEM_OPERATORS)
         raise HesscopeError(f"Expected --operator to be one of {known}, got {common.operator!r}.")
-    problem = make_problem(common)
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
+
+
+def model_source(common: CommonOptions) -> str:
+    """Where the model that --model names is loaded from."""
+    from hesscope.assets import model_path
+
+    return str(model_path()) if common.model == _DEMO else str(common.model)
 
 
 def finish(result: Result, common: CommonOptions, folder: Path, kept: Checkpoint | None = None, **own: Any) -> None:

@@ -14,6 +14,8 @@ _TITLES = {
     "diagonal": "Diagonal",
     "eigs": "Eigenvalues",
     "lanczos": "Lanczos quadrature",
+    "structure": "Structure",
+    "structure-comparison": "Structures compared",
     "trace": "Trace",
     "verify": "Verification",
 }
@@ -28,6 +30,11 @@ _MEANINGS = {
     "measured residuals, which bound the distance to an exact eigenvalue.",
     "lanczos": "The nodes and weights of the quadrature that the start vector's Krylov space gives; heavy nodes are where "
     "that vector meets much of the spectrum.",
+    "structure": "Where the block has its energy, the sum of squared entries: a map of the typical entry between every two "
+    "layers, the shares on the diagonal, within rows, layers and blocks and across blocks, with the shares that chance would "
+    "give in the thin strip, and all eigenvalues in order.",
+    "structure-comparison": "The shares of energy of several matrices, each above the thin strip that chance would give, and "
+    "their spectra relative to the largest magnitude.",
     "trace": "The sum of all second derivatives, with single probes as points; the band is the 95% interval of the running "
     "mean, and an exact trace is shown as a running sum.",
     "verify": "Every check of the operator against another way to the same number; a bar that passes its black mark has "
@@ -55,6 +62,8 @@ def explain(result: Result) -> str:
     meaning = _MEANINGS.get(result.kind, "")
     if result.kind == "verify":
         return f"{meaning} Discrepancies are relative and have no unit."
+    if result.kind == "structure-comparison":
+        return f"{meaning} Shares and relative spectra have no unit."
     units = unit(result)
     last = f"Values are in {units}." if units else "Values are in the units of the operator that was given."
     return f"{meaning} {last}".strip()

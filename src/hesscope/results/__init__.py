@@ -7,7 +7,21 @@ from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
+from hesscope.results.structure import Structure
+from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
-__all__ = ["Block", "Density", "Diagonal", "Eigenpairs", "LanczosRun", "Result", "Trace", "Verification", "load"]
+__all__ = [
+    "Block",
+    "Density",
+    "Diagonal",
+    "Eigenpairs",
+    "LanczosRun",
+    "Result",
+    "Structure",
+    "StructureComparison",
+    "Trace",
+    "Verification",
+    "load",
+]

@@ -15,11 +15,17 @@ from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
+from hesscope.results.structure import Structure
+from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
 KINDS: dict[str, type[Result]] = {
-    kind.kind: kind for kind in (Block, Density, Diagonal, Eigenpairs, LanczosRun, Trace, Verification)
+    kind.kind: kind
+    for kind in (
+        *(Block, Density, Diagonal, Eigenpairs, LanczosRun, Structure, StructureComparison),
+        *(Trace, Verification),
+    )
 }
 
 
