@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.checkpoint import Checkpoint
+from hesscope.algorithms.checkpoint import Checkpoint, opened
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
+from hesscope.memory import available_bytes, free_disk_bytes
 from hesscope.operators import Operator
 from hesscope.operators.matrix_run import MatrixRun, matrix_run
 from hesscope.results import Block
@@ -20,6 +20,8 @@ from hesscope.results import Block
 _ROWS = 1024
 #: The matrix, and two more while it is written to a file.
 COPIES = 3
+#: A checkpoint, the next one while it is written, and the result.
+FILES = 3
 
 
 def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint | None = None) -> Block:
@@ -38,7 +40,7 @@ def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint 
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:
-        HesscopeError: the matrix would not fit in memory (names the largest n that does), a product is not finite, or an
+        HesscopeError: the matrix would not fit in memory or on the disk (names the largest n that does), a product is not finite, or an
             unknown route.
 
     Example:
@@ -47,7 +49,7 @@ def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint 
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    _require_memory(H)
+    _require_room(H, checkpoint)
     columns = Columns(H, matrix_run(H, route))
     spent = drive(H, columns, {"route": route}, checkpoint)
     spent["provenance"]["matrix"] = columns.run.describe()
@@ -112,12 +114,18 @@ def _require_finite(H: Operator, A_nn: Tensor) -> None:
             )
 
 
-def _require_memory(H: Operator) -> None:
-    free = available_bytes(H.space.device)
+def _require_room(H: Operator, checkpoint: str | Path | Checkpoint | None) -> None:
+    """Raise HesscopeError where memory or, for a run with a checkpoint, the disk is too small."""
+    _require(H, "memory", COPIES, available_bytes(H.space.device))
+    if checkpoint is not None:
+        _require(H, "the disk", FILES, free_disk_bytes(opened(checkpoint).folder.absolute()))
+
+
+def _require(H: Operator, place: str, copies: int, free: int) -> None:
     n, size = H.space.size, H.dtype.itemsize
-    if COPIES * n * n * size > free:
-        fits = int((free / (COPIES * size)) ** 0.5)
+    if copies * n * n * size > free:
+        fits = int((free / (copies * size)) ** 0.5)
         raise HesscopeError(
-            f"Expected a block that fits in memory: {n} x {n} needs {COPIES * n * n * size / 2**30:.1f} GiB, of which "
+            f"Expected a block that fits in {place}: {n} x {n} needs {copies * n * n * size / 2**30:.1f} GiB, of which "
             f"{free / 2**30:.1f} are free; select at most {fits} coordinates."
         )
