@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes
@@ -16,7 +20,7 @@ from hesscope.results import Block
 _ROWS = 1024
 
 
-def block(H: Operator, route: str = "auto") -> Block:
+def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint | None = None) -> Block:
     """The exact matrix of an operator over its whole space: A_ij = <e_i, A e_j>.
 
     A Hessian's columns are found batch by batch, each batch on one graph that is kept for all of them. A column through
@@ -29,6 +33,7 @@ def block(H: Operator, route: str = "auto") -> Block:
 
     Args:
         route: "auto", "weights" or "positions" (where it is possible at all).
+        checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:
         HesscopeError: the matrix would not fit in memory (names the largest n that does), a product is not finite, or an
@@ -42,7 +47,7 @@ def block(H: Operator, route: str = "auto") -> Block:
     """
     _require_memory(H)
     columns = Columns(H, matrix_run(H, route))
-    spent = drive(H, columns, {"route": route})
+    spent = drive(H, columns, {"route": route}, checkpoint)
     spent["provenance"]["matrix"] = columns.run.describe()
     asymmetry = symmetrize_(columns.matrix)
     return Block(**spent, matrix=columns.matrix, labels=H.space.labels, asymmetry=asymmetry)
@@ -71,18 +76,27 @@ class Columns(Iteration):
         self._H, self.run, n = H, run, H.space.size
         self.expected = max(1, round(run.products))
         self.matrix: Tensor = torch.zeros(n, n, dtype=H.dtype, device=H.space.device)
-        self._task, self._spent, self._before = 0, 0.0, H.products
+        self._task, self._spent = 0, 0.0
 
     @property
     def done(self) -> bool:
         return self._task == self.run.tasks
 
     def step(self) -> None:
+        products, spent = self._H.products, self._spent
         self._spent += self.run.run(self._task, self.matrix)
         self._task += 1
-        self._H.products = self._before + round(self._spent)
+        self._H.products = products + round(self._spent) - round(spent)
         if self.done:
             _require_finite(self._H, self.matrix)
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self._task, "spent": self._spent, "matrix": self.matrix, "run": self.run.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._task, self._spent = state["task"], state["spent"]
+        self.matrix = state["matrix"].to(self.matrix.device)
+        self.run.restore(state["run"])
 
 
 def _require_finite(H: Operator, A_nn: Tensor) -> None:

@@ -110,6 +110,10 @@ class Space:
             )
         return part.detach().to(device=c.device, dtype=self.dtype)
 
+    def place(self, V: Vectors) -> Vectors:
+        """Vectors that come from elsewhere, such as a file, with every part on its parameter's device."""
+        return {c.name: V[c.name].to(c.device) for c in self.coordinates}
+
     # ---- arithmetic
 
     def zeros(self, count: int = 1) -> Vectors:

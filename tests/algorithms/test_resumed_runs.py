@@ -1,0 +1,121 @@
+"""A run that is killed and started again ends with the very numbers of one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hesscope as hs
+from hesscope.algorithms import checkpoint as checkpoints
+from hesscope.algorithms.checkpoint import Checkpoint
+from hesscope.algorithms.driver import Iteration
+from hesscope.results import Result
+from spectra import generic
+
+
+class Killed(BaseException):
+    """What stands for a SIGKILL: nothing in the package catches it."""
+
+
+@pytest.fixture
+def killed_in_every_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Result]], tuple[Result, int]]:
+    """Repeat a call, each time killed at the end of its second step, before anything of that is kept, until it returns.
+
+    Returns the result and how often the call was killed.
+    """
+    monkeypatch.setattr(checkpoints, "_SHARE", 0.0)
+    made = [-(10**9)]
+
+    def interrupted(step: Callable[[Any], None]) -> Callable[[Any], None]:
+        def counted(self: Any) -> None:
+            step(self)
+            made[0] += 1
+            if made[0] == 2:
+                raise Killed
+
+        return counted
+
+    def repeat(call: Callable[[], Result]) -> tuple[Result, int]:
+        for times in range(1000):
+            made[0] = 0
+            try:
+                return call(), times
+            except Killed:
+                continue
+            finally:
+                made[0] = -(10**9)
+        raise AssertionError("the run makes no headway")
+
+    for kind in _descendants(Iteration):
+        if "step" in vars(kind):
+            monkeypatch.setattr(kind, "step", interrupted(kind.step))
+    return repeat
+
+
+def _descendants(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+ALGORITHMS: dict[str, Callable[..., Result]] = {
+    "block": hs.block,
+    "exact diagonal": lambda H, **c: hs.diagonal(H, "exact", **c),
+    "diagonal": lambda H, **c: hs.diagonal(H, "hutchinson", budget=53, **c),
+    "diagonal to a target": lambda H, **c: hs.diagonal(H, "hutchinson", target_error=0.25, **c),
+    "exact trace": lambda H, **c: hs.trace(H, "exact", **c),
+    "trace": lambda H, **c: hs.trace(H, "hutchinson", budget=53, **c),
+    "trace to a target": lambda H, **c: hs.trace(H, "hutchinson", target_error=0.2, **c),
+    "eigs": lambda H, **c: hs.eigs(H, k=3, which="BE", **c),
+    "lanczos": lambda H, **c: hs.lanczos(H, min(12, H.shape[0]), keep_basis=True, **c),
+    "density": lambda H, **c: hs.density(H, probes=3, steps=7, **c),
+}
+
+
+def matrix(dtype: torch.dtype) -> hs.Operator:
+    return hs.operator((generic(40) + 2 * torch.eye(40)).to(dtype))
+
+
+def language_model(dtype: torch.dtype) -> hs.Operator:
+    from architectures import tiny
+
+    torch.manual_seed(0)
+    batches = [torch.randint(0, 20, (2, 7)), torch.randint(0, 20, (1, 4))]
+    problem = hs.causal_lm(tiny("llama", dtype), [{"input_ids": ids} for ids in batches])
+    return hs.hessian(problem, hs.select(problem, "model.layers.1.self_attn.*"))
+
+
+def assert_same(found: Result, expected: Result) -> None:
+    """The same bits in every tensor, the same facts but for the cost in seconds and the provenance."""
+    assert list(found.tensors()) == list(expected.tensors())
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(found.tensors()[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+        assert found.tensors()[name].dtype == tensor.dtype
+    own = ("seconds", "units", "provenance")
+    assert {k: v for k, v in found.facts().items() if k not in own} == {
+        k: v for k, v in expected.facts().items() if k not in own
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.* eigenpairs missed tol")
+@pytest.mark.parametrize("make", [matrix, language_model])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_killed_in_every_step_ends_with_the_same_bits(
+    name: str,
+    dtype: torch.dtype,
+    make: Callable[[torch.dtype], hs.Operator],
+    killed_in_every_step: Callable[..., tuple[Result, int]],
+    tmp_path: Path,
+) -> None:
+    run = ALGORITHMS[name]
+    expected = run(make(dtype))
+    found, kills = killed_in_every_step(lambda: run(make(dtype), checkpoint=Checkpoint(tmp_path / "kept", every=0.0)))
+    assert kills > 1
+    assert_same(found, expected)
+    assert found.provenance["resumed"] == kills
+    assert expected.provenance["resumed"] == 0
