@@ -47,6 +47,8 @@ class Checkpoint:
         keep_finished: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
+        if not every >= 0:
+            raise HesscopeError(f"Expected seconds between checkpoints, 0 or more, got {every}.")
         self.folder = Path(folder)
         self.every, self.keep_finished, self.say = every, keep_finished, say
         self._restart = restart
@@ -122,7 +124,7 @@ class Checkpoint:
     def offer(self, saved: Callable[[], dict[str, Any]], last: bool = False) -> None:
         """Write the state if it is time; with `last`, before the run stops, if there is work that is worth keeping."""
         waited = time.monotonic() - self._since
-        worth = max(min(self.every, _WORTH_KEEPING), self._cost)
+        worth = min(self.every, max(_WORTH_KEEPING, self._cost))
         if waited >= (worth if last else pause(self.every, self._cost)):
             self.write(saved())
 

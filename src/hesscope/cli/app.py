@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hesscope.cli.options import CommonOptions, with_common_options
+from hesscope.cli.resuming import checkpoint
 from hesscope.cli.running import finish, make_operator, make_problem, make_space, output_folder
 from hesscope.cli.separate import separable
 
@@ -42,7 +43,8 @@ def block(common: CommonOptions) -> None:
     import hesscope as hs
 
     folder = output_folder(common, "block")
-    finish(hs.block(make_operator(common)), common, folder)
+    kept = checkpoint(common, folder)
+    finish(hs.block(make_operator(common), kept), common, folder, kept)
 
 
 @app.command()
@@ -56,7 +58,10 @@ def diagonal(
 
     folder = output_folder(common, "diagonal")
     own = {"method": method, "budget": budget, "target_error": target_error}
-    finish(hs.diagonal(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.diagonal(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
+    )
 
 
 @app.command()
@@ -78,7 +83,8 @@ def eigs(
 
     folder = output_folder(common, "eigs")
     own = {"k": k, "which": which, "tol": tol, "max_products": max_products}
-    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept), common, folder, kept, **own)
 
 
 @app.command()
@@ -92,7 +98,10 @@ def trace(
 
     folder = output_folder(common, "trace")
     own = {"method": method, "budget": budget, "target_error": target_error}
-    finish(hs.trace(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.trace(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
+    )
 
 
 @app.command()
@@ -111,7 +120,8 @@ def density(
 
     folder = output_folder(common, "density")
     own = {"probes": probes, "steps": steps, "bandwidth": bandwidth}
-    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed, kept), common, folder, kept, **own)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hesscope.cli.config import read_config
+from hesscope.cli.resuming import result_folder, stopped_in_words
 
 _PROBLEM, _OUTPUT, _WHAT = "Model and data", "Output", "What is looked at"
 
@@ -51,6 +52,8 @@ class CommonOptions:
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
     output_dir: Annotated[Path | None, _option("--output-dir", panel=_OUTPUT, help="Folder to write; runs/VERB by default.")] = None  # fmt: skip
     overwrite: Annotated[bool, _option("--overwrite", panel=_OUTPUT, help="Replace a run that is in that folder.")] = False  # fmt: skip
+    checkpoint_every: Annotated[float, _option("--checkpoint-every", panel=_OUTPUT, help="Seconds between checkpoints of a long run; the same command continues from the last one.")] = 60.0  # fmt: skip
+    restart: Annotated[bool, _option("--restart", panel=_OUTPUT, help="Discard the checkpoint of an earlier run that was to write that folder.")] = False  # fmt: skip
     also_pt: Annotated[bool, _option("--also-pt", panel=_OUTPUT, help="Write result.pt for torch.load as well.")] = False  # fmt: skip
     config: Annotated[Path | None, typer.Option("--config", is_eager=True, callback=read_config, help="YAML or JSON file of options, by their long names; flags win over it.", rich_help_panel=_OUTPUT)] = field(default=None)  # fmt: skip
 
@@ -65,7 +68,9 @@ def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
     names = [field.name for field in dataclasses.fields(CommonOptions)]
 
     def verb(**values: Any) -> None:
-        command(CommonOptions(**{name: values.pop(name) for name in names}), **values)
+        common = CommonOptions(**{name: values.pop(name) for name in names})
+        with stopped_in_words(result_folder(common, command.__name__)):
+            command(common, **values)
 
     verb.__name__, verb.__doc__ = command.__name__, command.__doc__
     parameters = [*own, *common]

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from hesscope.cli.config import read_indices
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.resuming import result_folder
 from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
+    from hesscope.algorithms.checkpoint import Checkpoint
     from hesscope.operators import Operator
     from hesscope.problem import Problem
     from hesscope.results import Result
@@ -48,7 +50,7 @@ def output_folder(common: CommonOptions, verb: str) -> Path:
     """The folder to write, known to be free before anything is computed."""
     from hesscope.results.base import require_free
 
-    folder = common.output_dir or Path("runs") / verb
+    folder = result_folder(common, verb)
     require_free(folder, common.overwrite)
     return folder
 
@@ -100,10 +102,12 @@ def make_operator(common: CommonOptions) -> Operator:
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
 
 
-def finish(result: Result, common: CommonOptions, folder: Path, **own: Any) -> None:
-    """Write the folder with its figure, all at once, and say what came out and where it is."""
+def finish(result: Result, common: CommonOptions, folder: Path, kept: Checkpoint | None = None, **own: Any) -> None:
+    """Write the folder with its figure, all at once, let go of the run's checkpoint, and say what came out."""
     options = {**dataclasses.asdict(common), "separately": _PREPARED.get() is not None, **own}
     write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt)
+    if kept is not None:
+        kept.discard()
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
     console.print(f"written to {folder}", markup=False)
