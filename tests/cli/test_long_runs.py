@@ -229,7 +229,7 @@ def _demo_problem() -> hs.Problem:
         ["eigs", "-k", "4", "--which", "BE"],
         ["density", "--probes", "3", "--steps", "30"],
         ["trace", "--budget", "150"],
-        ["diagonal", "--method", "hutchinson", "--target-error", "0.3"],
+        ["diagonal", "--method", "hutchinson", "--budget", "160"],
     ],
     ids=lambda run: run[0],
 )
