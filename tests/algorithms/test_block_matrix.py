@@ -72,3 +72,9 @@ def test_a_block_beyond_memory_is_refused_with_the_largest_size_that_fits(monkey
     assert counted.calls == 0
     monkeypatch.setattr(module, "available_bytes", lambda _: 3 * 50 * 50 * 8)
     hs.block(counted.operator())
+
+
+def test_a_probe_before_a_long_run_is_not_counted() -> None:
+    result = hs.block(hs.operator(torch.eye(120)))
+    assert result.products == 120
+    assert result.provenance["probe"]["products"] == 3

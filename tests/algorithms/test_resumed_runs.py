@@ -13,8 +13,9 @@ import hesscope as hs
 from hesscope.algorithms import checkpoint as checkpoints
 from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.driver import Iteration
+from hesscope.operators.batch_columns import BatchColumns
 from hesscope.results import Result
-from spectra import SPECTRA, generic, symmetric
+from spectra import SPECTRA, generic, noisy, symmetric
 
 
 class Killed(BaseException):
@@ -64,6 +65,8 @@ def _descendants(kind: type) -> Iterator[type]:
 
 ALGORITHMS: dict[str, Callable[..., Result]] = {
     "block": hs.block,
+    "block through weights": lambda H, **c: hs.block(H, "weights", **c),
+    "block through positions": lambda H, **c: hs.block(H, "positions", **c),
     "exact diagonal": lambda H, **c: hs.diagonal(H, "exact", **c),
     "diagonal": lambda H, **c: hs.diagonal(H, "hutchinson", budget=53, **c),
     "diagonal to a target": lambda H, **c: hs.diagonal(H, "hutchinson", target_error=0.25, **c),
@@ -71,6 +74,7 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
     "trace": lambda H, **c: hs.trace(H, "hutchinson", budget=53, **c),
     "trace to a target": lambda H, **c: hs.trace(H, "hutchinson", target_error=0.2, **c),
     "eigs": lambda H, **c: hs.eigs(H, k=3, which="BE", **c),
+    "eigs within a limit": lambda H, **c: hs.eigs(H, k=3, which="BE", tol=1e-9, max_products=30, **c),
     "lanczos": lambda H, **c: hs.lanczos(H, min(12, H.shape[0]), keep_basis=True, **c),
     "density": lambda H, **c: hs.density(H, probes=3, steps=7, **c),
 }
@@ -80,12 +84,12 @@ def matrix(dtype: torch.dtype) -> hs.Operator:
     return hs.operator((generic(40) + 2 * torch.eye(40)).to(dtype))
 
 
-def language_model(dtype: torch.dtype, engine: str = "auto") -> hs.Operator:
+def language_model(dtype: torch.dtype, engine: str = "auto", objective: str = "nll") -> hs.Operator:
     from architectures import tiny
 
     torch.manual_seed(0)
     batches = [torch.randint(0, 20, (2, 7)), torch.randint(0, 20, (1, 4))]
-    problem = hs.causal_lm(tiny("llama", dtype), [{"input_ids": ids} for ids in batches])
+    problem = hs.causal_lm(tiny("llama", dtype), [{"input_ids": ids} for ids in batches], objective=objective)
     return hs.hessian(problem, hs.select(problem, "model.layers.1.self_attn.k_proj.weight"), engine)
 
 
@@ -99,6 +103,11 @@ def assert_same(found: Result, expected: Result) -> None:
     assert {k: v for k, v in found.facts().items() if k not in own} == {
         k: v for k, v in expected.facts().items() if k not in own
     }
+
+
+def perplexity(dtype: torch.dtype) -> hs.Operator:
+    """A sum with a rank-one matrix."""
+    return language_model(dtype, objective="perplexity")
 
 
 def finite_differences(dtype: torch.dtype) -> hs.Operator:
@@ -115,11 +124,19 @@ def zero(dtype: torch.dtype) -> hs.Operator:
     return hs.operator(torch.zeros(40, 40, dtype=dtype))
 
 
+def noisy_products(dtype: torch.dtype) -> hs.Operator:
+    """Where measured residuals disagree with the inferred ones, so that a search goes on after it has measured."""
+    return hs.operator(noisy((generic(40) + 2 * torch.eye(40)).to(dtype).__matmul__, bits=11), size=40, dtype=dtype)
+
+
 CASES = [
-    *((name, matrix) for name in ALGORITHMS),
-    *((name, language_model) for name in ("block", "diagonal", "eigs", "density")),
+    *((name, matrix) for name in ALGORITHMS if "through" not in name),
+    *((name, language_model) for name in ("block through weights", "diagonal", "eigs", "density")),
+    ("block through positions", perplexity),
     ("lanczos", finite_differences),
     *((name, repeated_eigenvalues) for name in ("eigs", "lanczos", "density")),
+    ("eigs", noisy_products),
+    ("eigs within a limit", noisy_products),
     *((name, zero) for name in ("block", "diagonal to a target", "eigs", "density")),
 ]
 
@@ -141,3 +158,20 @@ def test_a_run_killed_in_every_step_ends_with_the_same_bits(
     assert_same(found, expected)
     assert found.provenance["resumed"] == kills
     assert expected.provenance["resumed"] == 0
+
+
+def test_a_block_is_divided_as_before_whatever_memory_is_free_now(
+    killed_in_every_step: Callable[..., tuple[Result, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process finds room for another number of columns at once."""
+    expected = hs.block(language_model(torch.float64), "weights")
+    room = iter(range(1, 10**6))
+    monkeypatch.setattr(BatchColumns, "_copies", lambda self, wanted: max(1, min(wanted, next(room) % 5)))
+    first = hs.block(language_model(torch.float64), "weights")
+    room = iter(range(1, 10**6))
+    found, kills = killed_in_every_step(
+        lambda: hs.block(language_model(torch.float64), "weights", checkpoint=Checkpoint(tmp_path / "kept", every=0.0))
+    )
+    assert kills > 10
+    assert_same(found, first)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-9, atol=1e-13)

@@ -44,7 +44,7 @@ def block(common: CommonOptions) -> None:
 
     folder = output_folder(common, "block")
     kept = checkpoint(common, folder)
-    finish(hs.block(make_operator(common), kept), common, folder, kept)
+    finish(hs.block(make_operator(common), checkpoint=kept), common, folder, kept)
 
 
 @app.command()
