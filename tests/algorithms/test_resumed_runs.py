@@ -74,7 +74,7 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
     "trace": lambda H, **c: hs.trace(H, "hutchinson", budget=53, **c),
     "trace to a target": lambda H, **c: hs.trace(H, "hutchinson", target_error=0.2, **c),
     "eigs": lambda H, **c: hs.eigs(H, k=3, which="BE", **c),
-    "eigs within a limit": lambda H, **c: hs.eigs(H, k=3, which="BE", tol=1e-9, max_products=30, **c),
+    "eigs within a limit": lambda H, **c: hs.eigs(H, k=3, which="BE", max_products=42, **c),
     "lanczos": lambda H, **c: hs.lanczos(H, min(12, H.shape[0]), keep_basis=True, **c),
     "density": lambda H, **c: hs.density(H, probes=3, steps=7, **c),
 }

@@ -173,6 +173,48 @@ def test_the_checkpoint_lies_beside_the_folder() -> None:
     assert partial_folder(Path("..")) == here.parent.parent / f"{here.parent.name}.partial"
 
 
+# ---- one result a layer
+
+LAYERS = [*SMALL[:1], *SMALL[3:], "--layers", "up_proj,down_proj", "--blocks", "all", "--separately"]
+
+
+def test_a_run_through_the_layers_continues_in_the_middle_of_one(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoints, "_SHARE", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Krylov, "step", _interrupted_at(27))
+        assert command(*LAYERS, "--output-dir", "out") == 130
+    assert "run the same command again to continue in out" in capsys.readouterr().err
+    names = ["block00-mlp.up_proj", "block00-mlp.down_proj", "block01-mlp.up_proj.partial"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert command(*LAYERS, "--output-dir", "out", "--seed", "1") == 2
+    assert "already holds a run" in capsys.readouterr().err
+    steps = [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Krylov, "step", _counted(steps))
+        assert command(*LAYERS, "--output-dir", "out") == 0
+    assert steps == [13]
+    captured = capsys.readouterr()
+    assert captured.err.count("resumed") == 1
+    assert "4 of 4 layers in out:" in captured.out
+    assert command(*LAYERS, "--output-dir", "whole") == 0
+    for name in sorted(path.name for path in (tmp_path / "whole").iterdir()):
+        assert_same_tensors(tmp_path / "out" / name, tmp_path / "whole" / name)
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert command(*LAYERS, "--output-dir", "out") == 2
+
+
+def _counted(steps: list[int]) -> Callable[[Krylov], None]:
+    step = Krylov.step
+
+    def counted(self: Krylov) -> None:
+        steps[0] += 1
+        step(self)
+
+    return counted
+
+
 # ---- SIGKILL
 
 

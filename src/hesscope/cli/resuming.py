@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from hesscope.algorithms.checkpoint import Checkpoint
     from hesscope.cli.options import CommonOptions
 
+#: Options that leave the numbers as they are.
+DECIDE_NOTHING = frozenset({"output_dir", "overwrite", "also_pt", "config", "checkpoint_every", "restart"})
+
 
 class Stopped(Exception):
     """An interrupt after which the same command continues; its text says so."""
