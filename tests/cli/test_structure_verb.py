@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,11 +100,11 @@ def stopped(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     own = ("--params", CORNER, "--losses", "log-perplexity,regression", "--output-dir", "out")
     calls = []
 
-    def second_fails(H: hs.Operator) -> object:
+    def second_fails(H: hs.Operator, **more: Any) -> object:
         calls.append(H)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return block(H)
+        return block(H, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr("hesscope.algorithms.block", second_fails)
@@ -119,6 +120,34 @@ def test_a_stopped_command_goes_on_after_the_cases_that_are_done(stopped: Callab
     assert stopped() == 0
     assert done.read_bytes() == before
     assert hs.load(tmp_path / "out").cases == ["log-perplexity", "regression"]
+
+
+def test_a_case_that_was_stopped_inside_continues_there(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("structure", "--params", CORNER, "--losses", "log-perplexity,regression", "--checkpoint-every", "0")
+    from hesscope.algorithms.block import Columns
+
+    step, steps = Columns.step, []
+
+    def stops(self: Columns) -> None:
+        steps.append(self)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Columns, "step", stops)
+        assert command(*own, "--output-dir", "out") == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert (tmp_path / "out" / "log-perplexity.partial").is_dir()
+    assert command(*own, "--output-dir", "out") == 0
+    assert command(*own, "--output-dir", "whole") == 0
+    assert not list(tmp_path.rglob("*.partial"))
+    again, whole = hs.load(tmp_path / "out"), hs.load(tmp_path / "whole")
+    assert torch.equal(again.energy, whole.energy)
+    assert hs.load(tmp_path / "out" / "log-perplexity").provenance.get("resumed")
+    assert not hs.load(tmp_path / "out" / "regression").provenance.get("resumed")
 
 
 def test_cases_of_another_run_are_not_taken_for_ones_own(

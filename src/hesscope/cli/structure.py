@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hesscope.cli.cases import Case, cases
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.resuming import checkpoint, stopped_in_words
 from hesscope.cli.running import make_problem, operator_of, output_folder, write_run
 from hesscope.errors import HesscopeError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_structure(common: CommonOptions, losses: str | None, keep_block: bool) -> None:
-    """Run every model with every loss. A finished case is a result of its own: the same command goes on after it."""
+    """Run every model with every loss. A finished case is a result of its own: the same command goes on after it, or inside one."""
     planned = cases(common, losses)
     folder = output_folder(common, "structure")
     several = sum(map(len, planned)) > 1
@@ -58,12 +59,15 @@ def _run(case: Case, H: Operator, folder: Path, keep_block: bool) -> Structure:
     if not overwrite and (earlier := _finished(folder, H)) is not None:
         return earlier
     options = dataclasses.asdict(case.common)
-    exact = block(H)
+    kept = checkpoint(case.common, folder)
+    with stopped_in_words(folder):
+        exact = block(H, checkpoint=kept)
     if keep_block:
         # Written first: it is what took the time.
         write_run(exact, folder / "block", options, overwrite=True, also_pt=case.common.also_pt)
     result = structure(exact)
     write_run(result, folder, options, overwrite=overwrite)
+    kept.discard()
     return result
 
 
