@@ -78,14 +78,15 @@ def test_losses_of_one_model(
 def test_models_and_losses_in_one_command(
     command: Command, tiny: Path, gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    corners = ("--params", "re:.*(up_proj|c_fc).weight", "--dtype", "float64")
+    corners = ("--layers", "all", "--blocks", "0-1", "--random", "30", "--dtype", "float64")
     two = ("--losses", "log-perplexity,regression", "--no-block", "--output-dir", "out")
     assert command("structure", *corners, *two, model=f"{tiny}, {gpt2}") == 0
     cases = [f"{model}, {loss}" for model in ("tiny", "gpt2") for loss in ("log-perplexity", "regression")]
     together = hs.load(tmp_path / "out")
     assert together.cases == cases
-    assert [len(together.eigenvalues[case]) for case in cases] == [2 * 12 * 8] * 2 + [2 * 8 * 32] * 2
-    assert len(together.layouts()) == 2
+    assert [len(together.eigenvalues[case]) for case in cases] == [30] * 4
+    assert together.layouts() == [[0, 1], [2, 3]]
+    assert hs.load(tmp_path / "out" / "gpt2-regression").blocks == ["block 0", "block 1"]
     assert hs.load(tmp_path / "out" / "gpt2-regression").provenance["problem"]["model_name"] == str(gpt2)
     capsys.readouterr()
     assert run(["show", "out"]) == 0
