@@ -2,12 +2,26 @@
 
 from hesscope.results.base import Result
 from hesscope.results.block import Block
+from hesscope.results.convergence import Convergence
 from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
+from hesscope.results.perplexity import PerplexityStudy
 from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
-__all__ = ["Block", "Density", "Diagonal", "Eigenpairs", "LanczosRun", "Result", "Trace", "Verification", "load"]
+__all__ = [
+    "Block",
+    "Convergence",
+    "Density",
+    "Diagonal",
+    "Eigenpairs",
+    "LanczosRun",
+    "PerplexityStudy",
+    "Result",
+    "Trace",
+    "Verification",
+    "load",
+]

@@ -11,15 +11,17 @@ import torch
 from hesscope.errors import HesscopeError
 from hesscope.results.base import MANIFEST, TENSORS, Result
 from hesscope.results.block import Block
+from hesscope.results.convergence import Convergence
 from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
+from hesscope.results.perplexity import PerplexityStudy
 from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
 KINDS: dict[str, type[Result]] = {
-    kind.kind: kind for kind in (Block, Density, Diagonal, Eigenpairs, LanczosRun, Trace, Verification)
+    kind.kind: kind for kind in (Block, Convergence, Density, Diagonal, Eigenpairs, LanczosRun, PerplexityStudy, Trace, Verification)
 }
 
 
