@@ -21,7 +21,8 @@ from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
 KINDS: dict[str, type[Result]] = {
-    kind.kind: kind for kind in (Block, Convergence, Density, Diagonal, Eigenpairs, LanczosRun, PerplexityStudy, Trace, Verification)
+    kind.kind: kind
+    for kind in (Block, Convergence, Density, Diagonal, Eigenpairs, LanczosRun, PerplexityStudy, Trace, Verification)
 }
 
 

@@ -167,9 +167,13 @@ def _require_same(block: Any, problem: Problem, space: Space) -> None:
         raise HesscopeError(f"Expected block= to be a block, from hs.block or hs.load, got {type(block).__name__}.")
     described = block.provenance.get("problem") or {}
     if described.get("fingerprint") != problem.fingerprint:
-        raise HesscopeError("Expected a block of this problem, but its fingerprint is another: model, data or loss differ.")
+        raise HesscopeError(
+            "Expected a block of this problem, but its fingerprint is another: model, data or loss differ."
+        )
     if block.labels != space.labels:
-        raise HesscopeError("Expected a block over this selection, but its coordinates are others; select the same weights.")
+        raise HesscopeError(
+            "Expected a block over this selection, but its coordinates are others; select the same weights."
+        )
     kind = (block.provenance.get("operator") or {}).get("operator")
     if kind not in ("hessian", "multiple"):
         raise HesscopeError(f"Expected a block of the Hessian, for that is what differences give, got one of {kind!r}.")

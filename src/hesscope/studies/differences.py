@@ -33,7 +33,7 @@ from hesscope.space import Space
 _POINTS, _SPACING = 9, 1e-5
 _ORDERS = (4, 5, 6)
 #: Scales tried for each parameter, relative to 1 + its root mean square.
-_SCALES = (1.0, 0.2, 0.04)
+_SCALES = (4.0, 1.0, 0.25, 0.06)
 _SIGMAS = 3.0
 
 
@@ -70,8 +70,11 @@ class Differences:
 
     def entry(self, i: int, j: int) -> Measured:
         """H_ij from losses."""
-        s_i, s_j = (self._scale(self._loss_scales, k, lambda s, k=k: self._entry(k, k, s, s)) for k in (i, j))
-        return self._entry(i, j, s_i, s_j)
+
+        def scale(k: int) -> float:
+            return self._scale(self._loss_scales, k, lambda s: self._entry(k, k, s, s))
+
+        return self._entry(i, j, scale(i), scale(j))
 
     def _scale(self, known: dict[str, float], j: int, measure: Callable[[float], Measured]) -> float:
         """The scale of coordinate j's parameter: of those tried, the one with the smallest error of its own."""
@@ -135,9 +138,7 @@ class Differences:
 
     def _moved(self, step: Tensor) -> dict[str, Tensor]:
         parts = self._space.unflatten(step[:, None])
-        return {
-            c.name: self._values[c.name] + c.scatter(parts[c.name][0]).to(c.dtype) for c in self._space.coordinates
-        }
+        return {c.name: self._values[c.name] + c.scatter(parts[c.name][0]).to(c.dtype) for c in self._space.coordinates}
 
     def _value(self, step: Tensor) -> float:
         moved = self._moved(step)
