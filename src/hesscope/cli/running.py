@@ -73,17 +73,28 @@ def make_operator(common: CommonOptions) -> Operator:
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
 
 
-def finish(result: Result, common: CommonOptions, folder: Path, **own: Any) -> None:
-    """Write the folder with its figure, all at once, and say what came out and where it is."""
+def finish(
+    result: Result, common: CommonOptions, folder: Path, *, drawn: dict[str, Any] | None = None, **own: Any
+) -> None:
+    """Write the folder with its figure, all at once, and say what came out and where it is.
+
+    `drawn` goes to the result's `plot`, `own` into the record.
+    """
     options = {**dataclasses.asdict(common), **own}
-    write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt)
+    write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt, drawn=drawn)
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
     console.print(f"written to {folder}", markup=False)
 
 
 def write_run(
-    result: Result, folder: Path, options: dict[str, Any], *, overwrite: bool = False, also_pt: bool = False
+    result: Result,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    also_pt: bool = False,
+    drawn: dict[str, Any] | None = None,
 ) -> Path:
     """Result, manifest with the resolved options, and figure in one folder, all or nothing."""
     from hesscope.results.base import require_free, staged
@@ -93,5 +104,5 @@ def write_run(
     require_free(folder, overwrite)
     with staged(folder) as stage:
         result.write(stage, also_pt)
-        result.plot(stage / f"{result.kind}.png")
+        result.plot(stage / f"{result.kind}.png", **(drawn or {}))
     return folder

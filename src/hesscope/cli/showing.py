@@ -10,13 +10,15 @@ from rich.console import Console
 from hesscope.errors import HesscopeError
 
 
-def show_folder(folder: Path, plot: Path | None) -> None:
-    """Summary and provenance of a saved result; with `plot`, its figure once more."""
-    from hesscope.results import Result, load
+def show_folder(folder: Path, plot: Path | None, absolute: bool = False) -> None:
+    """Summary and provenance of a saved result; with `plot`, its figure once more, a block's in magnitudes if wanted."""
+    from hesscope.results import Block, Result, load
 
     result = load(folder)
     if not isinstance(result, Result):
         raise HesscopeError(f"Expected the folder of a run, got the tensor file {str(folder)!r}.")
+    if absolute and (plot is None or not isinstance(result, Block)):
+        raise HesscopeError(f"Expected --absolute with --plot and the run of a block, got a run of {result.kind!r}.")
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
     facts = _facts(result.provenance)
@@ -24,7 +26,8 @@ def show_folder(folder: Path, plot: Path | None) -> None:
     for key, value in facts:
         console.print(f"{key:{width}}  {value}", markup=False)
     if plot is not None:
-        console.print(f"drawn to {result.plot(plot)}", markup=False)
+        drawn = result.plot(plot, absolute=absolute) if isinstance(result, Block) else result.plot(plot)
+        console.print(f"drawn to {drawn}", markup=False)
 
 
 def _facts(provenance: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
