@@ -73,9 +73,7 @@ def make_operator(common: CommonOptions) -> Operator:
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
 
 
-def finish(
-    result: Result, common: CommonOptions, folder: Path, *, drawn: dict[str, Any] | None = None, **own: Any
-) -> None:
+def finish(result: Result, common: CommonOptions, folder: Path, *, drawn: Any = None, **own: Any) -> None:
     """Write the folder with its figure, all at once, and say what came out and where it is.
 
     `drawn` goes to the result's `plot`, `own` into the record.
