@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence as Numbers
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from hesscope.algorithms import block
 from hesscope.algorithms.driver import provenance
-from hesscope.errors import HesscopeError, HesscopeWarning
+from hesscope.errors import HesscopeError, UnusedParameters
 from hesscope.memory import available_bytes
 from hesscope.operators import PROBLEM_OPERATORS, hessian
 from hesscope.operators.hessian import HessianOfRisk
@@ -78,7 +77,7 @@ def convergence(
         warnings.simplefilter("always")
         for s in range(len(singles.batches)):
             study.add(s)
-    _warn_of_all(caught, sum(N > 0 for N in singles.counts))
+    _pass_on(caught, sum(N > 0 for N in singles.counts))
     options = {"operator": operator, "engine": engine, "keep": keep if isinstance(keep, str) else list(keep)}
     record = provenance(whole, options) | {"problem": problem.describe()}
     return study.result(time.perf_counter() - began, record | {"operator": study.described, "probe": None})
@@ -208,12 +207,12 @@ def _require_memory(space: Space, kept: int) -> None:
         )
 
 
-def _warn_of_all(caught: list[warnings.WarningMessage], sequences: int) -> None:
-    """Pass on what every sequence warned of; that one sequence alone leaves a parameter unused is nothing to say."""
-    said = Counter(str(w.message) for w in caught if issubclass(w.category, HesscopeWarning))
-    for message, times in said.items():
-        if times >= sequences:
-            warnings.warn(message, HesscopeWarning, stacklevel=3)
-    for w in caught:
-        if not issubclass(w.category, HesscopeWarning):
-            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+def _pass_on(caught: list[warnings.WarningMessage], sequences: int) -> None:
+    """Warn of parameters that no sequence uses, for that one alone does not is nothing to say; and of all else."""
+    unused = [w.message.names for w in caught if isinstance(w.message, UnusedParameters)]
+    never = set.intersection(*map(set, unused)) if len(unused) == sequences else set()
+    if never:
+        warnings.warn(UnusedParameters(sorted(never)), stacklevel=3)
+    for said in dict.fromkeys((str(w.message), w.category) for w in caught):
+        if said[1] is not UnusedParameters:
+            warnings.warn(*said, stacklevel=3)
