@@ -98,6 +98,40 @@ def bloom(**more: Any) -> nn.Module:
     return T.BloomForCausalLM(T.BloomConfig(**_SPECIAL | sizes | more))
 
 
+def phi(**more: Any) -> nn.Module:
+    return T.PhiForCausalLM(T.PhiConfig(**_ROTARY | {"num_key_value_heads": 4} | more))
+
+
+def phi3(**more: Any) -> nn.Module:
+    return T.Phi3ForCausalLM(T.Phi3Config(**_ROTARY | more))
+
+
+def falcon(**more: Any) -> nn.Module:
+    return T.FalconForCausalLM(T.FalconConfig(**_SMALL | _SPECIAL | {"num_attention_heads": 2} | more))
+
+
+def jamba(**more: Any) -> nn.Module:
+    """Two kinds of blocks take turns, and two kinds of feed-forward."""
+    state = {"mamba_d_state": 4, "mamba_dt_rank": 2, "num_hidden_layers": 4}
+    turns = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    return T.JambaForCausalLM(T.JambaConfig(**_ROTARY | state | turns | {"num_experts": 2} | more))
+
+
+def gpt_oss(**more: Any) -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "sliding_window": WINDOW}
+    return T.GptOssForCausalLM(T.GptOssConfig(**_ROTARY | experts | more))
+
+
+def t5(**more: Any) -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
+    return T.T5ForConditionalGeneration(T.T5Config(**sizes | more))
+
+
+def bert(**more: Any) -> nn.Module:
+    sizes = {"intermediate_size": 12, "num_attention_heads": 2, "max_position_embeddings": CONTEXT}
+    return T.BertForMaskedLM(T.BertConfig(**_SMALL | sizes | more))
+
+
 ARCHITECTURES = {
     "llama": Architecture(llama, "RMSNorm"),
     "gpt2": Architecture(gpt2),
@@ -114,12 +148,24 @@ ARCHITECTURES = {
     "bloom": Architecture(bloom, "the softmax of its own attention"),
 }
 
+#: Models of which only the structure is looked at.
+STRUCTURES: dict[str, Callable[..., nn.Module]] = {
+    "phi": phi,
+    "phi3": phi3,
+    "falcon": falcon,
+    "jamba": jamba,
+    "gpt-oss": gpt_oss,
+    "t5": t5,
+    "bert": bert,
+}
+
 
 def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Any:
     """A tiny model in evaluation mode, its weights far enough from initialisation for curvature between all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ARCHITECTURES[name].make(**more).eval()
+        make = ARCHITECTURES[name].make if name in ARCHITECTURES else STRUCTURES[name]
+        model = make(**more).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape))

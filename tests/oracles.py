@@ -110,6 +110,31 @@ def mean_nll(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     return total / count
 
 
+def mean_last_token_nll(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """-log p of the last target that counts in every sequence that has one, averaged over these sequences."""
+    terms = []
+    for batch in batches:
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+        for z, labels in zip(logits, labels_of(batch), strict=True):
+            places = [t for t in range(1, len(labels)) if labels[t] != -100]
+            if places:
+                terms.append(-z[places[-1] - 1].log_softmax(-1)[labels[places[-1]]])
+    return torch.stack(terms).mean()
+
+
+def mean_one_hot_error(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """(logit - one-hot)^2 of every target that counts, averaged over targets and vocabulary."""
+    terms = []
+    for batch in batches:
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+        for z, labels in zip(logits, labels_of(batch), strict=True):
+            for t in range(1, len(labels)):
+                if labels[t] != -100:
+                    wanted = torch.eye(z.shape[-1], dtype=z.dtype)[labels[t]]
+                    terms.append((z[t - 1] - wanted) ** 2)
+    return torch.cat(terms).mean()
+
+
 def labels_of(batch: Batch) -> Tensor:
     """Labels as given, or the inputs where a token and the one before it are visible."""
     if "labels" in batch:
@@ -178,6 +203,19 @@ def keeping_double(model: nn.Module) -> Iterator[KeepDouble]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cls, "forward", patched)
         yield mode
+
+
+# ---- structure
+
+
+def energy_by_class(A: Tensor, row: Sequence[int], layer: Sequence[int], block: Sequence[int]) -> list[float]:
+    """Sums of squared entries on the diagonal, in the rest of the rows, layers and blocks, and across, entry by entry."""
+    sums = [0.0] * 5
+    for i in range(len(A)):
+        for j in range(len(A)):
+            same = [i == j, row[i] == row[j], layer[i] == layer[j], block[i] == block[j], True]
+            sums[same.index(True)] += float(A[i, j]) ** 2
+    return sums
 
 
 # ---- closed forms

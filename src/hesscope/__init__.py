@@ -27,13 +27,14 @@ _HOMES = {
     "operator": "hesscope.operators",
     "perplexity_study": "hesscope.studies",
     "select": "hesscope.problem",
+    "structure": "hesscope.algorithms",
     "supervised": "hesscope.problem",
     "trace": "hesscope.algorithms",
     "verify": "hesscope.verification",
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, trace
+    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, structure, trace
     from hesscope.errors import HesscopeError, HesscopeWarning
     from hesscope.operators import Operator, hessian, operator
     from hesscope.problem import Problem, causal_lm, select, supervised
@@ -61,6 +62,7 @@ __all__ = [
     "operator",
     "perplexity_study",
     "select",
+    "structure",
     "supervised",
     "trace",
     "verify",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 
@@ -12,3 +14,12 @@ def available_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """What is free where a folder is, or will be."""
+    import shutil
+
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

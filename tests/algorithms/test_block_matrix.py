@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,21 @@ def test_a_block_beyond_memory_is_refused_with_the_largest_size_that_fits(monkey
     assert counted.calls == 0
     monkeypatch.setattr(module, "available_bytes", lambda _: 3 * 50 * 50 * 8)
     hs.block(counted.operator())
+
+
+def test_a_probe_before_a_long_run_is_not_counted() -> None:
+    result = hs.block(hs.operator(torch.eye(120)))
+    assert result.products == 120
+    assert result.provenance["probe"]["products"] == 3
+
+
+def test_a_block_beyond_the_disk_is_refused_where_it_would_keep_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    A = hs.operator(torch.eye(50, dtype=torch.float64))
+    module = importlib.import_module("hesscope.algorithms.block")
+    monkeypatch.setattr(module, "free_disk_bytes", lambda _: 3 * 40 * 40 * 8)
+    with pytest.raises(hs.HesscopeError, match=r"fits in the disk.* 50 x 50 needs .* select at most 40 coordinates"):
+        hs.block(A, checkpoint=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    hs.block(A)

@@ -108,6 +108,7 @@ def test_an_output_folder_that_holds_a_run(
         (("--objective", "magic"), "perplexity"),
         (("--batch-size", "0"), "at least 1"),
         (("--budget", "0"), "at least 1"),
+        (("--checkpoint-every", "-1"), "0 or more"),
         (("--method", "magic"), "hutchinson"),
         (("--target-error", "2"), "between 0 and 1"),
         (("--split", "test", "--sequences", "1000"), "1000 sequences"),

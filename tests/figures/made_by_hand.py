@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.results import Block, Density, Diagonal, Eigenpairs, LanczosRun, Trace, Verification
+from hesscope.results import (
+    Block,
+    Density,
+    Diagonal,
+    Eigenpairs,
+    LanczosRun,
+    Structure,
+    StructureComparison,
+    Trace,
+    Verification,
+)
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
@@ -79,6 +89,26 @@ def density(nodes: Tensor, weights: Tensor, size: int = 100, **changes: Any) -> 
                    density_standard_error=curves.std(0) / len(nodes) ** 0.5 if several else torch.full_like(grid, torch.nan),
                    moments=powers.mean(0), moments_standard_error=powers.std(0) / len(nodes) ** 0.5 if several else torch.full((4,), torch.nan),
                    bandwidth=width, size=size, seed=0)  # fmt: skip
+
+
+def structure(matrix: Tensor, places: dict[str, tuple[int, int | None]], **changes: Any) -> Structure:
+    """Layers by name, each with its number of rows of two weights and its block."""
+    import hesscope as hs
+
+    names, parameters = [], {}
+    for name, (rows, number) in places.items():
+        names += [f"{name}[{i}, {j}]" for i in range(rows) for j in range(2)]
+        own = None if number is None else name.partition(".")[2]
+        parameters[name] = {"shape": [rows, 2], "unit_axis": 0, "block": number, "layer": own}
+    selection = {"size": len(names), "parameters": parameters}
+    about = provenance() | {"selection": selection}
+    return hs.structure(block(matrix, names, **{"provenance": about} | changes))
+
+
+def comparison(**cases: Structure) -> StructureComparison:
+    import hesscope as hs
+
+    return hs.structure(cases)
 
 
 def trace(samples: list[float], method: str = "hutchinson", **changes: Any) -> Trace:

@@ -10,7 +10,7 @@ from torch import nn
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
-from hesscope.problem.selection import parse_index
+from hesscope.problem.indices import parse_index
 from oracles import causal_lm, relative
 
 

@@ -6,7 +6,18 @@ import io
 
 import pytest
 import torch
-from made_by_hand import block, density, diagonal, eigenpairs, lanczos, provenance, trace, verification
+from made_by_hand import (
+    block,
+    comparison,
+    density,
+    diagonal,
+    eigenpairs,
+    lanczos,
+    provenance,
+    structure,
+    trace,
+    verification,
+)
 from rich.console import Console
 
 from hesscope.report import key_number_table, key_numbers
@@ -56,6 +67,19 @@ NODES, WEIGHTS = torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.5
             ],
         ),
         (lanczos([-1.0, 2.0], [0.5, 0.5]), [("Reach of 2 Lanczos nodes", "−1.000 to 2.000", "residual norm 1.0e-01")]),
+        (
+            structure(torch.diag(torch.tensor([4.0, -1.0, 1.0, 0.0])), {"0.a": (1, 0), "1.a": (1, 1)}),
+            [
+                ("Energy inside blocks", "100%", "chance 50%"),
+                ("Energy on the diagonal", "100%", "chance 25%"),
+                ("Negative eigenvalues", "25%", "17% of the absolute trace; 1 of 4 zero to rounding"),
+                ("Condition above rounding", "4.00", "effective rank 2.38"),
+            ],
+        ),
+        (
+            comparison(one=structure(torch.ones(4, 4), {"0.a": (1, 0), "1.a": (1, 1)})),
+            [("Energy inside blocks, one", "50%", "chance 50%")],
+        ),
         (verification([1e-4, 1e-2], [1e-3, 1e-3]), [("Checks passed", "1 of 2", "worst at 10 × its limit")]),
         (verification([float("nan")], [1e-3]), [("Checks passed", "0 of 1", "some are not finite")]),
     ],

@@ -62,6 +62,9 @@ KINDS: dict[str, Callable[[], Result]] = {
     "trace, one probe": lambda: hs.trace(operator(), method="hutchinson", budget=1),
     "trace, exact": lambda: hs.trace(of_a_model()),
     "density": lambda: hs.density(operator(), probes=2, steps=4),
+    "structure": lambda: hs.structure(of_a_model()),
+    "structure, singular": lambda: hs.structure(hs.operator(torch.zeros(3, 3))),
+    "structure-comparison": lambda: hs.structure({"a model": of_a_model(), "z/first": operator()}),
     "verify": verification,
 }
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())

@@ -129,3 +129,34 @@ def test_large_positions_are_addressed() -> None:
     many = random.normals(key, 2**33 + torch.arange(SAMPLES))
     assert many[5] == random.normals(key, index)[1]
     assert abs(float(many.mean())) < STANDARD_ERRORS / math.sqrt(SAMPLES)
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_a_subset_has_every_number_equally_often_and_every_pair(count: int) -> None:
+    size, seeds = 9, 4000
+    member = torch.zeros(seeds, size, dtype=torch.float64)
+    for seed in range(seeds):
+        drawn = random.subset(random.stream_key(seed, "subset"), count, size)
+        assert len(drawn) == count
+        member[seed, drawn] = 1
+    pairs = member.T @ member / seeds
+    once, twice = count / size, count * (count - 1) / (size * (size - 1))
+    expected = torch.full((size, size), twice, dtype=torch.float64).fill_diagonal_(once)
+    error = (expected * (1 - expected) / seeds).sqrt()
+    assert ((pairs - expected).abs() < STANDARD_ERRORS * error).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(0, 7), (1, 7), (3, 7), (4, 7), (7, 7), (1, 1), (1000, 10**12), (900, 1000)]
+)
+def test_a_subset_is_distinct_ascending_and_in_range(count: int, size: int) -> None:
+    drawn = random.subset(5, count, size)
+    assert len(drawn) == count
+    assert (drawn.diff() > 0).all()
+    assert count == 0 or 0 <= int(drawn[0]) <= int(drawn[-1]) < size
+    assert torch.equal(drawn, random.subset(5, count, size))
+
+
+def test_a_smaller_subset_is_part_of_a_larger_one() -> None:
+    small, large = random.subset(8, 20, 1000), random.subset(8, 300, 1000)
+    assert set(small.tolist()) < set(large.tolist())

@@ -5,6 +5,7 @@ from hesscope.algorithms.density import density
 from hesscope.algorithms.diagonal import diagonal
 from hesscope.algorithms.eigs import eigs
 from hesscope.algorithms.lanczos import lanczos
+from hesscope.algorithms.structure import structure
 from hesscope.algorithms.trace import trace
 
-__all__ = ["block", "density", "diagonal", "eigs", "lanczos", "trace"]
+__all__ = ["block", "density", "diagonal", "eigs", "lanczos", "structure", "trace"]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from hesscope.algorithms.checkpoint import Checkpoint, opened
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
+from hesscope.memory import available_bytes, free_disk_bytes
 from hesscope.operators import Operator
 from hesscope.operators.matrix_run import MatrixRun, matrix_run
 from hesscope.results import Block
 
 #: Rows of the matrix that are looked at together, where a second matrix would be too much.
 _ROWS = 1024
+#: The matrix, and two more while it is written to a file.
+COPIES = 3
+#: A checkpoint, the next one while it is written, and the result.
+FILES = 3
 
 
-def block(H: Operator, route: str = "auto") -> Block:
+def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint | None = None) -> Block:
     """The exact matrix of an operator over its whole space: A_ij = <e_i, A e_j>.
 
     A Hessian's columns are found batch by batch, each batch on one graph that is kept for all of them. A column through
@@ -29,9 +37,10 @@ def block(H: Operator, route: str = "auto") -> Block:
 
     Args:
         route: "auto", "weights" or "positions" (where it is possible at all).
+        checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:
-        HesscopeError: the matrix would not fit in memory (names the largest n that does), a product is not finite, or an
+        HesscopeError: the matrix would not fit in memory or on the disk (names the largest n that does), a product is not finite, or an
             unknown route.
 
     Example:
@@ -40,9 +49,9 @@ def block(H: Operator, route: str = "auto") -> Block:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    _require_memory(H)
+    _require_room(H, checkpoint)
     columns = Columns(H, matrix_run(H, route))
-    spent = drive(H, columns, {"route": route})
+    spent = drive(H, columns, {"route": route}, checkpoint)
     spent["provenance"]["matrix"] = columns.run.describe()
     asymmetry = symmetrize_(columns.matrix)
     return Block(**spent, matrix=columns.matrix, labels=H.space.labels, asymmetry=asymmetry)
@@ -71,18 +80,27 @@ class Columns(Iteration):
         self._H, self.run, n = H, run, H.space.size
         self.expected = max(1, round(run.products))
         self.matrix: Tensor = torch.zeros(n, n, dtype=H.dtype, device=H.space.device)
-        self._task, self._spent, self._before = 0, 0.0, H.products
+        self._task, self._spent = 0, 0.0
 
     @property
     def done(self) -> bool:
         return self._task == self.run.tasks
 
     def step(self) -> None:
+        products, spent = self._H.products, self._spent
         self._spent += self.run.run(self._task, self.matrix)
         self._task += 1
-        self._H.products = self._before + round(self._spent)
+        self._H.products = products + round(self._spent) - round(spent)
         if self.done:
             _require_finite(self._H, self.matrix)
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self._task, "spent": self._spent, "matrix": self.matrix, "run": self.run.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._task, self._spent = state["task"], state["spent"]
+        self.matrix = state["matrix"].to(self.matrix.device)
+        self.run.restore(state["run"])
 
 
 def _require_finite(H: Operator, A_nn: Tensor) -> None:
@@ -96,13 +114,18 @@ def _require_finite(H: Operator, A_nn: Tensor) -> None:
             )
 
 
-def _require_memory(H: Operator) -> None:
-    # The matrix, and two more while it is written to a file.
-    copies, free = 3, available_bytes(H.space.device)
+def _require_room(H: Operator, checkpoint: str | Path | Checkpoint | None) -> None:
+    """Raise HesscopeError where memory or, for a run with a checkpoint, the disk is too small."""
+    _require(H, "memory", COPIES, available_bytes(H.space.device))
+    if checkpoint is not None:
+        _require(H, "the disk", FILES, free_disk_bytes(opened(checkpoint).folder.absolute()))
+
+
+def _require(H: Operator, place: str, copies: int, free: int) -> None:
     n, size = H.space.size, H.dtype.itemsize
     if copies * n * n * size > free:
         fits = int((free / (copies * size)) ** 0.5)
         raise HesscopeError(
-            f"Expected a block that fits in memory: {n} x {n} needs {copies * n * n * size / 2**30:.1f} GiB, of which "
+            f"Expected a block that fits in {place}: {n} x {n} needs {copies * n * n * size / 2**30:.1f} GiB, of which "
             f"{free / 2**30:.1f} are free; select at most {fits} coordinates."
         )

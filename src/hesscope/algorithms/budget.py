@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hesscope.errors import HesscopeError
 from hesscope.operators.chunks import chunk_size
 
@@ -34,3 +36,11 @@ def probes_allowed(budget: int | None, target_error: float | None) -> int:
     if budget is not None:
         return budget
     return _DEFAULT_PROBES if target_error is None else 100 * _DEFAULT_PROBES
+
+
+def probes_for(made: int, error: float, target: float, most: int) -> int:
+    """Probes in all until an error that falls with the root of their number is down to its target, as far as one can see."""
+    if error <= target:
+        return made
+    needed = made * (error / target) ** 2 if target > 0 else math.inf
+    return math.ceil(min(needed, most))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Density
 from hesscope.space import vectors
-from hesscope.space.random import resolve_seed
 
 _MOMENTS = 4
 _GRID = 1024
@@ -25,6 +27,7 @@ def density(
     steps: int = 60,
     bandwidth: float | None = None,
     seed: int | None = 0,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Density:
     """The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
 
@@ -38,6 +41,7 @@ def density(
         bandwidth: standard deviation of the Gaussian that smooths the picture, in units of the eigenvalues; a hundredth
             of the range of nodes by default, at least a 30000th of it.
         seed: of the start vectors; None draws one and records it.
+        checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:
         HesscopeError: fewer than two probes, or steps below one.
@@ -48,9 +52,10 @@ def density(
         raise HesscopeError(f"Expected at least 1 step, got {steps}.")
     if bandwidth is not None and not bandwidth > 0:
         raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
-    seed = resolve_seed(seed)
+    seed = run_seed(seed, checkpoint)
     run = _Quadrature(H, probes, min(steps, H.space.size), seed)
-    spent = drive(H, run, {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed})
+    options = {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed}
+    spent = drive(H, run, options, checkpoint)
     nodes, weights = run.nodes, run.weights
     used = nodes[weights > 0]
     width = max(bandwidth or _default_bandwidth(used, torch.finfo(H.dtype).eps), float(used.max() - used.min()) / 30000)
@@ -111,6 +116,15 @@ class _Quadrature(Iteration):
             self._probe += 1
             if not self.done:
                 self._krylov = self._begin()
+
+    def state(self) -> dict[str, Any]:
+        krylov = None if self.done else self._krylov.state()
+        return {"probe": self._probe, "nodes": self.nodes, "weights": self.weights, "krylov": krylov}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._probe, self.nodes, self.weights = state["probe"], state["nodes"], state["weights"]
+        if state["krylov"] is not None:
+            self._krylov.restore(state["krylov"])
 
     def note(self) -> str:
         return f"probe {min(self._probe + 1, self._probes)} of {self._probes}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed
+from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed, probes_for
+from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
 from hesscope.results import Diagonal
 from hesscope.results.statistics import RunningMean
 from hesscope.space import vectors
-from hesscope.space.random import resolve_seed
 
 
 def diagonal(
@@ -21,6 +24,7 @@ def diagonal(
     budget: int | None = None,
     target_error: float | None = None,
     seed: int | None = 0,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Diagonal:
     """The diagonal of an operator, exact or by Hutchinson's estimator with sign vectors.
 
@@ -34,6 +38,7 @@ def diagonal(
         budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
         target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
         seed: of the sign vectors; None draws one and records it.
+        checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:
         HesscopeError: an unknown method, a budget or target out of range, or a product that is not finite.
@@ -45,14 +50,14 @@ def diagonal(
     """
     method = "hutchinson" if method == "rademacher" else method
     exact = check_estimation("diagonal", method, budget, target_error, H.space.size)
-    seed, probes = resolve_seed(seed), probes_allowed(budget, target_error)
+    seed, probes = run_seed(seed, checkpoint), probes_allowed(budget, target_error)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     if exact:
         entries = Entries(H, "diagonal, exact")
-        spent = drive(H, entries, options)
+        spent = drive(H, entries, options, checkpoint)
         return _exact(H, spent, entries.values, seed)
     hutchinson = _Hutchinson(H, probes, target_error, seed)
-    spent = drive(H, hutchinson, options)
+    spent = drive(H, hutchinson, options, checkpoint)
     mean = hutchinson.mean
     return Diagonal(**spent, method="hutchinson", values=mean.mean, standard_error=mean.standard_error(),
                     relative_error=relative_error(mean), degrees_of_freedom=mean.count - 1, seed=seed)  # fmt: skip
@@ -79,25 +84,41 @@ class _Hutchinson(Iteration):
 
     def __init__(self, H: Operator, probes: int, target: float | None, seed: int) -> None:
         self._H, self._target, self._seed = H, target, seed
-        self.expected = probes
+        self.expected = self._most = probes
+        self.at_most = target is not None
         self.mean = RunningMean()
 
     @property
     def done(self) -> bool:
         m = self.mean.count
         if self._target is None or m < FEWEST_PROBES:
-            return m >= self.expected
-        return m >= self.expected or relative_error(self.mean) <= self._target
+            return m >= self._most
+        return m >= self._most or relative_error(self.mean) <= self._target
 
     def step(self) -> None:
         m = self.mean.count
-        stop = min(m + (chunk_size(self._H) if self._target is None else 1), self.expected)
+        stop = min(m + (chunk_size(self._H) if self._target is None else 1), self._most)
         Z = self._H.space.rademacher(self._seed, range(m, stop))
         AZ = self._H.matmat(Z)
         require_finite(self._H, AZ)
         samples = vectors.multiply(Z, AZ)
         for k in range(stop - m):
             self.mean.add({name: part[k] for name, part in samples.items()})
+        self._expect()
+
+    def _expect(self) -> None:
+        """With a target, the error so far tells how many probes it will take: it falls with their root."""
+        if self._target is not None and self.mean.count >= FEWEST_PROBES:
+            self.expected = probes_for(self.mean.count, relative_error(self.mean), self._target, self._most)
+            self.at_most = False
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.mean.count, "mean": self.mean.mean, "squares": self.mean.squares}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        place = self._H.space.place
+        self.mean = RunningMean(state["count"], place(state["mean"]), place(state["squares"]))
+        self._expect()
 
     def note(self) -> str:
         return f"relative error {relative_error(self.mean):.2g}" if self.mean.count > 1 else ""
@@ -122,3 +143,10 @@ class Entries(Iteration):
         require_finite(self._H, columns)
         columns_nK = space.flatten(columns)
         self.values[start : self._next] = columns_nK[start : self._next].diagonal()
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._next, "values": self.values[: self._next]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._next = state["next"]
+        self.values[: self._next] = state["values"].to(self.values.device)

@@ -1,17 +1,20 @@
-"""Runs an algorithm step by step: progress, cost, provenance."""
+"""Runs an algorithm step by step: progress, checkpoints, cost, provenance."""
 
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from hesscope.algorithms.checkpoint import Checkpoint, opened, postponed_interrupts
+from hesscope.algorithms.identity import identity
 from hesscope.algorithms.probing import probe
+from hesscope.algorithms.progress import duration, progress
 from hesscope.operators import Operator
 
 #: A run of at least so many products is preceded by a probe of the operator.
@@ -25,6 +28,8 @@ class Iteration(ABC):
     description: str
     #: Products expected in all: a number to measure progress by, not a promise.
     expected: int
+    #: Whether `expected` is the most it can be and the end may come sooner.
+    at_most: bool = False
 
     @property
     @abstractmethod
@@ -35,30 +40,122 @@ class Iteration(ABC):
     def step(self) -> None:
         """Spend a few products."""
 
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that `step` changes and that cannot be computed anew, as nested tensors and JSON values.
+
+        What depended on something that may differ next time, such as free memory, belongs to it. Tensors may be views.
+        """
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where a state was taken; its tensors are on the CPU and belong to the iteration from now on."""
+
     def note(self) -> str:
         """What is worth saying at this moment, for the progress bar."""
         return ""
 
 
-def drive(H: Operator, iteration: Iteration, options: dict[str, Any]) -> dict[str, Any]:
-    """Step until done; returns the fields every result has: products, units, seconds, provenance."""
-    began = time.perf_counter()
-    products, units = H.products, H.units
+def drive(
+    H: Operator, iteration: Iteration, options: dict[str, Any], checkpoint: str | Path | Checkpoint | None = None
+) -> dict[str, Any]:
+    """Step until done; returns the fields every result has: products, units, seconds, provenance.
+
+    Args:
+        options: everything beside operator and problem that decides the numbers.
+        checkpoint: a folder in which the state is kept until the end, and from which the same run is resumed; or a
+            `Checkpoint`, which its owner discards.
+
+    Raises:
+        HesscopeError: the checkpoint is of another run, or damaged; or a probe of the operator fails.
+    """
+    if checkpoint is None:
+        return _drive(H, iteration, options, None)
+    kept = opened(checkpoint)
+    with kept.held():
+        fields = _drive(H, iteration, options, kept)
+        if kept is not checkpoint:
+            kept.discard()
+    return fields
+
+
+def _drive(H: Operator, iteration: Iteration, options: dict[str, Any], kept: Checkpoint | None) -> dict[str, Any]:
+    cost = _Cost(H)
+    saved = None if kept is None else kept.begin(identity(H, iteration.description, options, versions()))
+    cost.products_before = H.products  # one product may have gone into the identity
     report: dict[str, float] | None = None
-    if iteration.expected >= LONG_RUN:
+    resumed = 0
+    if saved is not None:
+        iteration.restore(saved["state"])
+        cost.continue_from(saved["cost"])
+        report, resumed = saved["probe"], saved["resumed"] + 1
+        _say_resumed(kept, iteration, cost)
+    elif iteration.expected >= LONG_RUN:
         # The probe's own cost, graphs built for it included, stands in its report and not in the result's.
-        report = probe(H) | {"products": H.products - products, "units": H.units - units}
         products, units = H.products, H.units
-    with _progress(iteration) as update:
+        report = probe(H)
+        report |= {"products": H.products - products, "units": H.units - units}
+        cost.products_before, cost.units_before = H.products, H.units
+
+    def snapshot() -> dict[str, Any]:
+        return {"state": iteration.state(), "cost": cost.now(), "probe": report, "resumed": resumed}
+
+    _step_until_done(H, iteration, cost, kept, snapshot)
+    if kept is not None and kept.keep_finished:
+        kept.write(snapshot())
+    return {**cost.now(), "provenance": provenance(H, options) | {"probe": report, "resumed": resumed}}
+
+
+def _step_until_done(
+    H: Operator, iteration: Iteration, cost: _Cost, kept: Checkpoint | None, snapshot: Callable[[], dict[str, Any]]
+) -> None:
+    postponed = nullcontext(_never) if kept is None else postponed_interrupts()
+    with progress(iteration, cost.products) as shown, postponed as asked_to_stop:
         while not iteration.done:
+            products = H.products
             iteration.step()
-            update(H.products - products, iteration.note)
-    return {
-        "products": H.products - products,
-        "units": H.units - units,
-        "seconds": time.perf_counter() - began,
-        "provenance": provenance(H, options) | {"probe": report},
-    }
+            shown.update(H.products - products, cost.products)
+            stop = asked_to_stop()
+            if kept is not None:
+                kept.offer(snapshot, last=stop)
+            if stop:
+                raise KeyboardInterrupt
+
+
+def _never() -> bool:
+    return False
+
+
+class _Cost:
+    """What a run has spent, in this process and before it was resumed."""
+
+    def __init__(self, H: Operator) -> None:
+        self._H = H
+        self._began = time.perf_counter()
+        self.products_before, self.units_before = H.products, H.units
+        self._earlier: dict[str, Any] = {"products": 0, "units": 0.0, "seconds": 0.0}
+
+    def continue_from(self, earlier: dict[str, Any]) -> None:
+        """Add to what was spent before."""
+        self._earlier = earlier
+
+    @property
+    def products(self) -> int:
+        return int(self._earlier["products"]) + self._H.products - self.products_before
+
+    def now(self) -> dict[str, Any]:
+        """Products, units and seconds so far."""
+        return {
+            "products": self.products,
+            "units": self._earlier["units"] + self._H.units - self.units_before,
+            "seconds": self._earlier["seconds"] + time.perf_counter() - self._began,
+        }
+
+
+def _say_resumed(kept: Checkpoint | None, iteration: Iteration, cost: _Cost) -> None:
+    if kept is not None and kept.say is not None:
+        done = f"{cost.products} of {iteration.expected} products, {duration(cost.now()['seconds'])} of work"
+        kept.say(f"{iteration.description}: resumed from the checkpoint in {kept.folder} ({done})")
 
 
 def provenance(H: Operator, options: dict[str, Any]) -> dict[str, Any]:
@@ -89,18 +186,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _progress(iteration: Iteration) -> Iterator[Any]:
-    """A bar on the terminal's error stream; nothing where there is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda *_: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(iteration.description, total=iteration.expected, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note())

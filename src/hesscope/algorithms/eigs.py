@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscope.algorithms.budget import chunk_size
+from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
 from hesscope.algorithms.probing import rounding
@@ -17,7 +20,6 @@ from hesscope.memory import available_bytes
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
-from hesscope.space.random import resolve_seed
 
 _WHICH = ("LM", "LA", "SA", "BE")
 _DEFAULT_STEPS = 300
@@ -30,6 +32,7 @@ def eigs(
     tol: float = 1e-3,
     max_products: int | None = None,
     seed: int | None = 0,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Eigenpairs:
     """The k most extreme eigenpairs, by Lanczos with full reorthogonalisation.
 
@@ -41,6 +44,7 @@ def eigs(
             lambda) and the vectors' (relative to the operator).
         max_products: at most so many, k of them for measuring the residuals; by default about 300, or what memory holds.
         seed: of the start vector; None draws one and records it.
+        checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Returns:
         Eigenvalues in the order wanted (by magnitude for "LM", descending for "LA" and "BE", ascending for "SA"), unit
@@ -63,9 +67,10 @@ def eigs(
         raise HesscopeError(f"Expected which to be one of {', '.join(_WHICH)}, got {which!r}.")
     if not tol > 0:
         raise HesscopeError(f"Expected tol to be positive, got {tol}.")
-    seed = resolve_seed(seed)
+    seed = run_seed(seed, checkpoint)
     search = _Search(H, k, which, tol, _most_products(k, max_products), _most_steps(H, k), seed)
-    spent = drive(H, search, {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed})
+    options = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed}
+    spent = drive(H, search, options, checkpoint)
     if not search.converged:
         warnings.warn(
             f"{int((~search.good).sum())} of {k} eigenpairs missed tol={tol:g} after {spent['products']} products; their "
@@ -121,10 +126,17 @@ def _most_steps(H: Operator, k: int) -> int:
     return min(H.space.size, in_memory)
 
 
+#: What a search knows beside its Krylov run; the most steps and products because they came from the memory that was free.
+_COUNTERS = ("_steps", "expected", "_inferred_tol", "_measuring", "_look_again", "done_", "_note")
+#: What its last measurement found.
+_MEASURED = ("vectors", "values", "residuals", "good", "converged")
+
+
 class _Search(Iteration):
     """Lanczos until the inferred residuals are small, then measure them; continue where a measurement disagrees."""
 
     description = "eigenpairs"
+    at_most = True
 
     def __init__(self, H: Operator, k: int, which: str, tol: float, products: int, steps: int, seed: int) -> None:
         self._H, self._k, self._which, self._tol = H, k, which, tol
@@ -135,6 +147,7 @@ class _Search(Iteration):
         self._measuring, self._look_again = 0, 0
         self.done_ = False
         self._note = ""
+        self.vectors: Vectors = {}
 
     @property
     def done(self) -> bool:
@@ -142,6 +155,17 @@ class _Search(Iteration):
 
     def note(self) -> str:
         return self._note
+
+    def state(self) -> dict[str, Any]:
+        names = [*_COUNTERS, *(_MEASURED if self.done_ else ())]
+        return {"krylov": self.krylov.state(), **{name: getattr(self, name) for name in names}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.krylov.restore(state.pop("krylov"))
+        for name, value in state.items():
+            setattr(self, name, value)
+        if self.done_:
+            self.vectors = self._H.space.place(self.vectors)
 
     def step(self) -> None:
         self.krylov.step()
@@ -197,7 +221,7 @@ class _Search(Iteration):
             part = vectors.columns(V, start, start + chunk)
             scaled = space.combine(part, torch.diag(values[start : start + chunk]))
             residuals.append(space.norms(vectors.add(self._H.matmat(part), scaled, -1.0)))
-        self.vectors: Vectors = V
+        self.vectors = V
         self.values, self.residuals = values, torch.cat(residuals)
         self.good = self._small(self.residuals, values, self._tol)
         self.converged = bool(self.good.all())

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ class Krylov:
 
     def step(self) -> None:
         """One product."""
-        q = self._next
-        self._append(q)
+        self._append(self._next)
+        # The stored row, whose layout a resumed run shares: products of the same numbers laid out otherwise may round otherwise.
+        q = vectors.columns(self._rows, self.m, self.m + 1)
         w = self._H.matmat(q)
         require_finite(self._H, w)
         self.alphas.append(float(self._H.space.inner(q, w)))
@@ -86,6 +88,16 @@ class Krylov:
         if not self.ended:
             self._starts.append(self.m)
             self._next = self._unit(self._orthogonal(self._H.space.gaussian(self._seed, [f"restart/{self.m}"])))
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the operator, the basis as a view."""
+        return {"alphas": self.alphas, "betas": self.betas, "starts": self._starts, "ended": self.ended,
+                "next": self._next, "basis": self.basis}  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where a state was taken."""
+        self.alphas, self.betas, self._starts, self.ended = (state[k] for k in ("alphas", "betas", "starts", "ended"))
+        self._next, self._rows = self._H.space.place(state["next"]), self._H.space.place(state["basis"])
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [m] and eigenvectors [m, m] of T, ascending."""

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from hesscope.cli.options import CommonOptions, with_common_options
+from hesscope.cli.resuming import checkpoint
 from hesscope.cli.running import finish, make_operator, make_problem, make_space, output_folder
+from hesscope.cli.separate import separable
 
 app = typer.Typer(
     name="hesscope",
@@ -32,8 +34,15 @@ _Target = Annotated[
 
 @app.command()
 @with_common_options
-def block(common: CommonOptions, absolute: _Absolute = False) -> None:
-    """The exact matrix of the operator over the selected weights: n products for n weights.
+@separable
+def block(
+    common: CommonOptions,
+    route: Annotated[
+        str, typer.Option(help="auto, weights or positions: auto takes the one that needs fewer products.")
+    ] = "auto",
+    absolute: _Absolute = False,
+) -> None:
+    """The exact matrix of the operator over the selected weights: at most n products for n weights.
 
     Example: hesscope block --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 256
     --sequences 8 --params 'transformer.h.0.attn.c_proj.weight[0]'
@@ -41,11 +50,21 @@ def block(common: CommonOptions, absolute: _Absolute = False) -> None:
     import hesscope as hs
 
     folder = output_folder(common, "block")
-    finish(hs.block(make_operator(common)), common, folder, drawn={"absolute": absolute}, absolute=absolute)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.block(make_operator(common), route, kept),
+        common,
+        folder,
+        kept,
+        drawn={"absolute": absolute},
+        route=route,
+        absolute=absolute,
+    )
 
 
 @app.command()
 @with_common_options
+@separable
 def diagonal(
     common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
 ) -> None:
@@ -54,11 +73,15 @@ def diagonal(
 
     folder = output_folder(common, "diagonal")
     own = {"method": method, "budget": budget, "target_error": target_error}
-    finish(hs.diagonal(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.diagonal(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
+    )
 
 
 @app.command()
 @with_common_options
+@separable
 def eigs(
     common: CommonOptions,
     k: Annotated[int, typer.Option("-k", "--k", help="How many eigenpairs.")] = 6,
@@ -75,11 +98,13 @@ def eigs(
 
     folder = output_folder(common, "eigs")
     own = {"k": k, "which": which, "tol": tol, "max_products": max_products}
-    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept), common, folder, kept, **own)
 
 
 @app.command()
 @with_common_options
+@separable
 def trace(
     common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
 ) -> None:
@@ -88,11 +113,15 @@ def trace(
 
     folder = output_folder(common, "trace")
     own = {"method": method, "budget": budget, "target_error": target_error}
-    finish(hs.trace(make_operator(common), method, budget, target_error, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(
+        hs.trace(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
+    )
 
 
 @app.command()
 @with_common_options
+@separable
 def density(
     common: CommonOptions,
     probes: Annotated[int, typer.Option(help="Random start vectors; the error bars come from their spread.")] = 10,
@@ -106,7 +135,38 @@ def density(
 
     folder = output_folder(common, "density")
     own = {"probes": probes, "steps": steps, "bandwidth": bandwidth}
-    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed), common, folder, **own)
+    kept = checkpoint(common, folder)
+    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed, kept), common, folder, kept, **own)
+
+
+@app.command()
+@with_common_options
+def structure(
+    common: CommonOptions,
+    losses: Annotated[
+        str | None,
+        typer.Option(help="Compare losses: log-perplexity, perplexity, classification, regression, by commas."),
+    ] = None,
+    block: Annotated[bool, typer.Option(help="Keep the exact matrix of each case in a folder beside it.")] = True,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take; loads no weights, runs nothing.")
+    ] = False,
+) -> None:
+    """Is the Hessian block-diagonal? Energy by rows, layers and blocks against chance, and all eigenvalues.
+
+    Costs n products for n weights. Several models by commas in --model, and several losses, give a folder each and one
+    table of all.
+
+    Example: hesscope structure --model demo --data demo --length 64 --sequences 4 --losses log-perplexity,regression
+    --params 'model.layers.*_proj.weight[0:2, 0:2]'
+    """
+    from hesscope.cli.planning import plan_structure
+    from hesscope.cli.structure import run_structure
+
+    if plan:
+        plan_structure(common, losses)
+    else:
+        run_structure(common, losses, keep_block=block)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 
+from hesscope.cli.resuming import Stopped
 from hesscope.errors import HesscopeError, HesscopeWarning
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -15,7 +16,7 @@ BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed (or a verification that did not pass), 2 bad input."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop leaves nothing half-written either
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to fail
@@ -31,6 +32,8 @@ def run(arguments: list[str]) -> int:
         status = app(args=arguments, prog_name="hesscope", standalone_mode=True)
     except HesscopeError as error:
         return _say(str(error), BAD_INPUT)
+    except Stopped as stop:
+        return _say(str(stop), INTERRUPTED)
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
@@ -47,7 +50,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    return _say("Interrupted; nothing was written.", INTERRUPTED)
+    return _say("Interrupted; no result was left half-written.", INTERRUPTED)
 
 
 def _unexpected(error: Exception) -> str:

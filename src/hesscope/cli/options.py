@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hesscope.cli.config import read_config
+from hesscope.cli.resuming import result_folder, stopped_in_words
 
 _PROBLEM, _OUTPUT, _WHAT = "Model and data", "Output", "What is looked at"
 
@@ -38,13 +39,22 @@ class CommonOptions:
     dtype: Annotated[str | None, _option("--dtype", panel=_PROBLEM, help="float64, float32 (default), bfloat16 or float16.")] = None  # fmt: skip
     device: Annotated[str | None, _option("--device", panel=_PROBLEM, help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None  # fmt: skip
     objective: Annotated[str, _option("--objective", panel=_PROBLEM, help="nll: mean loss R in nats; perplexity: exp(R).")] = "nll"  # fmt: skip
+    loss: Annotated[str, _option("--loss", panel=_PROBLEM, help="next_token; classification: the last token of each sequence only; regression: squared error of logits and one-hot next tokens.")] = "next_token"  # fmt: skip
     dropout: Annotated[str, _option("--dropout", panel=_PROBLEM, help="off, or frozen: one seeded mask a batch.")] = "off"  # fmt: skip
     params: Annotated[list[str] | None, _option("--params", panel=_WHAT, help="Glob over parameter names; may be repeated (a union). '!glob' takes away, 're:...' is a regular expression, 'name[0:4, :8]' a part of one parameter. Every trainable parameter by default.")] = None  # fmt: skip
+    layers: Annotated[str | None, _option("--layers", panel=_WHAT, help="Layers by their names inside a block, separated by commas: self_attn.q_proj, q_proj, 'mlp.*' or all; lm_head and the like by their full names.")] = None  # fmt: skip
+    blocks: Annotated[str | None, _option("--blocks", panel=_WHAT, help="Blocks of the model: 0,3,11 or 0-5 or :3 or -1 (the last) or all.")] = None  # fmt: skip
+    rows: Annotated[str | None, _option("--rows", panel=_WHAT, help="Output units of each layer: 0,5-7.")] = None  # fmt: skip
+    first: Annotated[int | None, _option("--first", "-t", panel=_WHAT, help="Only the first so many entries of each layer, row after row.")] = None  # fmt: skip
+    random: Annotated[int | None, _option("--random", panel=_WHAT, help="Only so many entries of the whole selection, drawn with --seed.")] = None  # fmt: skip
+    indices: Annotated[str | None, _option("--indices", panel=_WHAT, help="JSON file that gives parameters lists of flat indices, or that JSON itself.")] = None  # fmt: skip
     operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian.")] = "hessian"  # fmt: skip
     engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse or finite-difference.")] = "auto"  # fmt: skip
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
     output_dir: Annotated[Path | None, _option("--output-dir", panel=_OUTPUT, help="Folder to write; runs/VERB by default.")] = None  # fmt: skip
     overwrite: Annotated[bool, _option("--overwrite", panel=_OUTPUT, help="Replace a run that is in that folder.")] = False  # fmt: skip
+    checkpoint_every: Annotated[float, _option("--checkpoint-every", panel=_OUTPUT, help="Seconds between checkpoints of a long run; the same command continues from the last one.")] = 60.0  # fmt: skip
+    restart: Annotated[bool, _option("--restart", panel=_OUTPUT, help="Discard the checkpoint of an earlier run that was to write that folder.")] = False  # fmt: skip
     also_pt: Annotated[bool, _option("--also-pt", panel=_OUTPUT, help="Write result.pt for torch.load as well.")] = False  # fmt: skip
     config: Annotated[Path | None, typer.Option("--config", is_eager=True, callback=read_config, help="YAML or JSON file of options, by their long names; flags win over it.", rich_help_panel=_OUTPUT)] = field(default=None)  # fmt: skip
 
@@ -59,7 +69,9 @@ def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
     names = [field.name for field in dataclasses.fields(CommonOptions)]
 
     def verb(**values: Any) -> None:
-        command(CommonOptions(**{name: values.pop(name) for name in names}), **values)
+        common = CommonOptions(**{name: values.pop(name) for name in names})
+        with stopped_in_words(result_folder(common, command.__name__)):
+            command(common, **values)
 
     verb.__name__, verb.__doc__ = command.__name__, command.__doc__
     parameters = [*own, *common]

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hesscope.cli.config import read_indices
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.resuming import result_folder
 from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from hesscope.algorithms.checkpoint import Checkpoint
     from hesscope.operators import Operator
     from hesscope.problem import Problem
     from hesscope.results import Result
@@ -20,16 +28,31 @@ if TYPE_CHECKING:
 #: Fields of the common options that go to `hesscope.causal_lm` as they are.
 _PROBLEM_FIELDS = (
     *("model", "revision", "tokenizer", "length", "sequences", "batch_size", "dtype", "device"),
-    *("split", "data_config", "text_column", "pack", "objective", "dropout", "seed"),
+    *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed"),
 )
+#: Fields that go to `hesscope.select`.
+_SELECTION_FIELDS = ("layers", "blocks", "rows", "first", "random", "seed")
 _DEMO = "demo"
+
+#: The problem, loaded already, and the layer whose turn it is, where one command computes several results.
+_PREPARED: ContextVar[tuple[Problem, Space] | None] = ContextVar("prepared", default=None)
+
+
+@contextmanager
+def prepared(problem: Problem, space: Space) -> Iterator[None]:
+    """Inside, options stand for this problem and this selection: nothing is loaded again."""
+    token = _PREPARED.set((problem, space))
+    try:
+        yield
+    finally:
+        _PREPARED.reset(token)
 
 
 def output_folder(common: CommonOptions, verb: str) -> Path:
     """The folder to write, known to be free before anything is computed."""
     from hesscope.results.base import require_free
 
-    folder = common.output_dir or Path("runs") / verb
+    folder = result_folder(common, verb)
     require_free(folder, common.overwrite)
     return folder
 
@@ -38,16 +61,15 @@ def make_problem(common: CommonOptions) -> Problem:
     """The problem that the options describe."""
     from hesscope.problem import causal_lm
 
+    if ready := _PREPARED.get():
+        return ready[0]
     if common.model is None:
         raise HesscopeError("Expected --model: a Hub id, a folder, or 'demo' for the small model that comes along.")
     if common.data is None:
         raise HesscopeError("Expected --data: a Hub dataset, a .txt, .jsonl or .parquet file, or 'demo'.")
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
     data: Any = common.data
-    if common.model == _DEMO:
-        from hesscope.assets import model_path
-
-        keywords["model"] = str(model_path())
+    keywords["model"] = model_source(common)
     if common.data == _DEMO:
         from hesscope.assets import prose
 
@@ -55,31 +77,58 @@ def make_problem(common: CommonOptions) -> Problem:
     return causal_lm(data=data, **keywords)
 
 
-def make_space(common: CommonOptions, problem: Problem) -> Space:
-    """The selection that --params describes."""
+def make_space(common: CommonOptions, problem: Problem | nn.Module) -> Space:
+    """The selection that the options describe."""
     from hesscope.problem import select
 
-    return select(problem, *(common.params or ()))
+    if ready := _PREPARED.get():
+        return ready[1]
+    patterns: list[Any] = list(common.params or ())
+    if common.indices is not None:
+        patterns.append(read_indices(common.indices))
+    keywords = {name: getattr(common, name) for name in _SELECTION_FIELDS}
+    return select(problem, *patterns, **keywords)
 
 
 def make_operator(common: CommonOptions) -> Operator:
-    """The operator that --operator names, over --params."""
+    """The operator that --operator names, over the selection."""
+    return operator_of(common, make_problem(common))
+
+
+def operator_of(common: CommonOptions, problem: Problem) -> Operator:
+    """The same, of a problem that was made before."""
     from hesscope.operators import PROBLEM_OPERATORS
 
     if common.operator not in PROBLEM_OPERATORS:
         known = ", ".join(PROBLEM_OPERATORS)
         raise HesscopeError(f"Expected --operator to be one of {known}, got {common.operator!r}.")
-    problem = make_problem(common)
     return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
 
 
-def finish(result: Result, common: CommonOptions, folder: Path, *, drawn: Any = None, **own: Any) -> None:
-    """Write the folder with its figure, all at once, and say what came out and where it is.
+def model_source(common: CommonOptions) -> str:
+    """Where the model that --model names is loaded from."""
+    from hesscope.assets import model_path
+
+    return str(model_path()) if common.model == _DEMO else str(common.model)
+
+
+def finish(
+    result: Result,
+    common: CommonOptions,
+    folder: Path,
+    kept: Checkpoint | None = None,
+    *,
+    drawn: Any = None,
+    **own: Any,
+) -> None:
+    """Write the folder with its figure, all at once, let go of the run's checkpoint, and say what came out.
 
     `drawn` goes to the result's `plot`, `own` into the record.
     """
-    options = {**dataclasses.asdict(common), **own}
+    options = {**dataclasses.asdict(common), "separately": _PREPARED.get() is not None, **own}
     write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt, drawn=drawn)
+    if kept is not None:
+        kept.discard()
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
     console.print(f"written to {folder}", markup=False)

@@ -11,9 +11,12 @@ from hesscope.errors import HesscopeError
 
 
 def show_folder(folder: Path, plot: Path | None, absolute: bool = False) -> None:
-    """Summary and provenance of a saved result; with `plot`, its figure once more, a block's in magnitudes if wanted."""
+    """Summary and provenance of a saved result, or a line for each run in a folder of several; with `plot`, its figure."""
     from hesscope.results import Block, Result, load
 
+    if plot is None and (runs := _runs_inside(folder)):
+        list_runs(f"{len(runs)} runs in {folder}:", {run.name: load(run).summary() for run in runs})
+        return
     result = load(folder)
     if not isinstance(result, Result):
         raise HesscopeError(f"Expected the folder of a run, got the tensor file {str(folder)!r}.")
@@ -28,6 +31,21 @@ def show_folder(folder: Path, plot: Path | None, absolute: bool = False) -> None
     if plot is not None:
         drawn = result.plot(plot, absolute=absolute) if isinstance(result, Block) else result.plot(plot)
         console.print(f"drawn to {drawn}", markup=False)
+
+
+def list_runs(title: str, summaries: dict[str, str]) -> None:
+    """A line for each run: the name of its folder and the first line of its summary."""
+    console, width = Console(highlight=False, soft_wrap=True), max(map(len, summaries), default=0)
+    console.print(title, markup=False)
+    for name, summary in summaries.items():
+        console.print(f"  {name:{width}}  {summary.splitlines()[0]}", markup=False)
+
+
+def _runs_inside(folder: Path) -> list[Path]:
+    """The runs of a folder that is not one itself."""
+    from hesscope.results.base import MANIFEST
+
+    return [] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
 
 
 def _facts(provenance: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -52,9 +52,12 @@ class _Differences(Linearization):
         if length == 0.0:
             return self._space.zeros()
         if self._eps is None:
-            # A float64 model may still cast to float32 inside; then the step for float64 drowns in rounding.
+            # A float64 model may still cast to float32 inside; then the step for float64 drowns in rounding. Told by a
+            # vector of its own, so that a product does not depend on which came first.
             candidates = {max(torch.finfo(p.dtype).eps for p in self._values.values()), torch.finfo(torch.float32).eps}
-            self._eps = min(candidates, key=lambda eps: self._extrapolated(v, self._step(eps) / length)[1])
+            z = self._space.rademacher(0, ["step"])
+            size = float(self._space.norms(z))
+            self._eps = min(candidates, key=lambda eps: self._extrapolated(z, self._step(eps) / size)[1])
         best, error = self._extrapolated(v, self._step(self._eps) / length)
         self.error = max(self.error, error)
         return best

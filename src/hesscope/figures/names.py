@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from hesscope.figures import segments
@@ -54,6 +54,17 @@ def name_axes(labels: list[str], side: float) -> AxisNames:
     if len(rows) > 1:
         return _rows(parameters[0].name, rows, len(labels), side)
     return _coordinates(rows[0].name, labels)
+
+
+def name_cells(names: list[str], side: float) -> AxisNames:
+    """Names of the cells of a matrix that is `side` inches wide, as many as fit; equal neighbours share one."""
+    runs = [list(run) for _, run in groupby(range(len(names)), key=names.__getitem__)]
+    prefix, short = segments.shorten([names[run[0]] for run in runs])
+    found = [Segment(name, run[0], run[-1] + 1) for name, run in zip(short, runs, strict=True)]
+    kept = segments.spaced(found, _LINE * len(names) / side)
+    some = f"{len(kept)} of {len(found)} named" if len(kept) < len(found) else ""
+    caption = "  ·  ".join(part for part in (f"in {prefix}" if prefix else "", some) if part)
+    return _names(kept, [s.name for s in kept], caption, len(names), side)
 
 
 def _parameters(found: list[Segment], n: int, side: float) -> AxisNames:

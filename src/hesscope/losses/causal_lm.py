@@ -28,7 +28,7 @@ class CausalLMLoss:
     def total_of_outputs(self, outputs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Sum and count from the logits. The labels are shifted, not the logits, which would copy the larger tensor."""
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        targets = next_tokens(batch["labels"])
         return summed_cross_entropy(logits.flatten(0, 1), targets.flatten()), self.count(batch)
 
     def total(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
@@ -38,6 +38,11 @@ class CausalLMLoss:
     def count(self, batch: dict[str, Any]) -> int:
         """The number of valid targets, without running the model."""
         return valid_targets(batch["labels"])
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """The target of every position, [B, T]: the label after it; -100, which does not count, at the last one."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def valid_targets(labels: Tensor) -> int:

@@ -52,10 +52,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if _is_path(name) and not (Path(name) / "config.json").is_file():
-        raise HesscopeError(
-            f"Expected {str(name)!r} to be a model folder with a config.json, or a Hub id; there is no config.json in it."
-        )
+    _require_config(name)
     try:
         with _bars_on_terminals_only():
             config = AutoConfig.from_pretrained(name, **hub)
@@ -64,6 +61,30 @@ def load_model(
         raise HesscopeError(f"Could not load {str(name)!r} as a causal language model: {_first_line(error)}") from error
     moved: nn.Module = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return moved.eval()
+
+
+def load_skeleton(name: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> nn.Module:
+    """The model that a configuration describes, without its weights: every parameter is on the meta device.
+
+    Raises HesscopeError where the name is neither a folder with a config.json nor a Hub id that can be reached.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _require_config(name)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise HesscopeError(f"Could not read {str(name)!r} as a causal language model: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _require_config(name: str | Path) -> None:
+    if _is_path(name) and not (Path(name) / "config.json").is_file():
+        raise HesscopeError(
+            f"Expected {str(name)!r} to be a model folder with a config.json, or a Hub id; there is no config.json in it."
+        )
 
 
 def load_tokenizer(name: str | Path, **hub: Any) -> Any:

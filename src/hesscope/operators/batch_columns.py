@@ -7,6 +7,8 @@ once a batch; the output projection belongs to the loss, and is contracted where
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -39,12 +41,9 @@ class BatchColumns(MatrixRun):
         self._forward_flops = forward.get_total_flops()
         uses += [watch_uses(problem, b, space) for b in range(1, len(problem.batches))]
         self._boxes = boxes_of(space, uses)
-        batches = range(len(problem.batches))
-        self._plans = [plan_batch(problem, b, space, self._boxes, uses[b], route, self._copies) for b in batches]
-        self._ends = list(accumulate(len(plan.tasks) for plan in self._plans))
+        self._uses, self._route = uses, route
         self._share = [count / problem.N for count in problem.counts]
-        self.tasks = self._ends[-1]
-        self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
+        self._divide([self._copies] * len(problem.batches))
         self._starts = dict(zip(space.names, accumulate((c.size for c in space.coordinates), initial=0), strict=False))
         self._by_name = {c.name: c for c in space.coordinates}
         self._built: tuple[int, BlockGraph] | None = None
@@ -54,6 +53,32 @@ class BatchColumns(MatrixRun):
         #: Forward passes over the data, by count of multiplications, and of one product with each parameter's columns.
         self.units = 0.0
         self.pass_units: dict[str, float] = {}
+
+    def _divide(self, most_copies: Sequence[Callable[[int], int]]) -> None:
+        """Plan every batch, with so many copies of it at once."""
+        self._plans = [
+            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most)
+            for b, most in enumerate(most_copies)
+        ]
+        self._ends = list(accumulate(len(plan.tasks) for plan in self._plans))
+        self.tasks = self._ends[-1]
+        self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "copies": [plan.copies for plan in self._plans],  # came from the memory that was free
+            "unused": [[b, sorted(names)] for b, names in self._unused.items()],
+            "check": self._check,
+            "form": self._form,
+            "graph_bytes": self.graph_bytes,
+            "pass_units": self.pass_units,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._divide([partial(min, copies) for copies in state["copies"]])
+        self._unused = {b: set(names) for b, names in state["unused"]}
+        self._check = None if state["check"] is None else state["check"].to(self._space.device)
+        self._form, self.graph_bytes, self.pass_units = state["form"], state["graph_bytes"], state["pass_units"]
 
     def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
         b = bisect_right(self._ends, task)

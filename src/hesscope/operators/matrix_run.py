@@ -31,6 +31,14 @@ class MatrixRun(ABC):
         """Add `weight` times what this task finds, and return the products that it took."""
 
     @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What another process needs beside the matrix so far to do the tasks that are left: tensors and JSON values."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state, and with it the division into tasks."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """How the matrix is found, for the record of a result, as JSON."""
 
@@ -69,6 +77,12 @@ class UnitVectors(MatrixRun):
         into_nn[start:stop].add_(columns_nk.T, alpha=weight)
         return float(stop - start)
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        return
+
     def describe(self) -> dict[str, Any]:
         return {"route": "products with unit vectors"}
 
@@ -85,6 +99,12 @@ class OuterProduct(MatrixRun):
         into_nn.addr_(self._g_n, self._g_n, alpha=weight * self._weight)
         return 0.0
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        return
+
     def describe(self) -> dict[str, Any]:
         return {"route": "outer product"}
 
@@ -99,6 +119,13 @@ class Weighted(MatrixRun):
     def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
         return self._base.run(task, into_nn, weight * self._factor)
 
+    def state(self) -> dict[str, Any]:
+        return self._base.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._base.restore(state)
+        self.tasks, self.products = self._base.tasks, self._base.products
+
     def describe(self) -> dict[str, Any]:
         return self._base.describe()
 
@@ -108,12 +135,24 @@ class OneAfterAnother(MatrixRun):
 
     def __init__(self, first: MatrixRun, second: MatrixRun) -> None:
         self._first, self._second = first, second
-        self.tasks, self.products = first.tasks + second.tasks, first.products + second.products
+        self._add_up()
+
+    def _add_up(self) -> None:
+        self.tasks = self._first.tasks + self._second.tasks
+        self.products = self._first.products + self._second.products
 
     def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
         if task < self._first.tasks:
             return self._first.run(task, into_nn, weight)
         return self._second.run(task - self._first.tasks, into_nn, weight)
+
+    def state(self) -> dict[str, Any]:
+        return {"terms": [self._first.state(), self._second.state()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for term, own in zip((self._first, self._second), state["terms"], strict=True):
+            term.restore(own)
+        self._add_up()
 
     def describe(self) -> dict[str, Any]:
         return {"terms": [self._first.describe(), self._second.describe()]}

@@ -14,12 +14,17 @@ from hesscope.data import Source, batches_of_sequences, check_batches, read, seq
 from hesscope.data.batching import require_context
 from hesscope.data.tokens import require_sequences
 from hesscope.errors import HesscopeError
-from hesscope.losses import CausalLMLoss
+from hesscope.losses import CausalLMLoss, LastTokenCrossEntropyLoss, OneHotSquaredErrorLoss, SplitLoss
 from hesscope.models import context_length, load_model, load_tokenizer, place_model
 from hesscope.models.loading import resolve_device, resolve_dtype
 from hesscope.problem.problem import Problem
 
 _LONGEST_DEFAULT = 2048
+_LOSSES: dict[str, type[SplitLoss]] = {
+    "next_token": CausalLMLoss,
+    "classification": LastTokenCrossEntropyLoss,
+    "regression": OneHotSquaredErrorLoss,
+}
 
 
 def causal_lm(
@@ -40,6 +45,7 @@ def causal_lm(
     seed: int = 0,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    loss: str = "next_token",
 ) -> Problem:
     """The next-token loss of a causal language model on frozen text.
 
@@ -61,10 +67,14 @@ def causal_lm(
         objective: "nll" (R) or "perplexity" (exp R).
         dropout: "off", or "frozen" for one mask a batch, drawn from `seed`.
         revision, cache_dir: passed on to the Hub.
+        loss: "next_token", R as above; "classification", the same for the last valid token of each sequence only, one
+            example a sequence; "regression", the mean over tokens and vocabulary of the squared difference between the
+            logits and the one-hot next token.
 
     Raises:
-        HesscopeError: no such model or data, text shorter than one window, sequences longer than the model's context.
+        HesscopeError: an unknown loss, no such model or data, text shorter than one window, sequences longer than the model's context.
     """
+    criterion = _loss(loss)
     hub = {key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None}
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
@@ -85,13 +95,32 @@ def causal_lm(
         batches = _token_batches(source, length, sequences, batch_size)
     return Problem(
         loaded,
-        CausalLMLoss(),
+        criterion,
         check_batches(batches, _vocabulary(loaded), context),
         objective=objective,
         dropout=dropout,
         seed=seed,
         source=_describe(loaded, name, encode, source, window),
     )
+
+
+def with_loss(problem: Problem, loss: str, objective: str = "nll") -> Problem:
+    """The same model on the same frozen batches under another of the losses and objectives of `causal_lm`."""
+    return Problem(
+        problem.model,
+        _loss(loss),
+        problem.batches,
+        objective=objective,
+        dropout=problem.dropout,
+        seed=problem.seed,
+        source=problem.source,
+    )
+
+
+def _loss(name: str) -> SplitLoss:
+    if name not in _LOSSES:
+        raise HesscopeError(f"Expected loss to be one of {', '.join(_LOSSES)}, got {name!r}.")
+    return _LOSSES[name]()
 
 
 def _token_batches(source: Source, length: int | None, sequences: int | None, batch_size: int) -> list[dict[str, Any]]:

@@ -241,6 +241,7 @@ class Problem:
         return {
             "fingerprint": self.fingerprint,
             "data_fingerprint": self.data_fingerprint,
+            "weights_fingerprint": self._model_fingerprint(),
             "model": type(self.model).__name__,
             "loss": type(self.loss).__name__,
             "objective": self.objective,

@@ -1,30 +1,34 @@
-"""Selecting parameters, and coordinates inside them, by name."""
+"""Selecting parameters, and coordinates inside them: by name, by layer and block, by index."""
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any
+import dataclasses
 
 import torch
 from torch import Tensor, nn
 
 from hesscope.errors import HesscopeError
-from hesscope.models import aliases, named_parameters
+from hesscope.models import find_trunk, named_parameters, places
+from hesscope.problem.indices import coordinates, cut
+from hesscope.problem.layers import Names, find_layers
+from hesscope.problem.numbers import Numbers
+from hesscope.problem.patterns import Pattern, choose
 from hesscope.problem.problem import Problem
 from hesscope.space import Coordinates, Space
-
-Index = int | slice | tuple[Any, ...] | list[int] | Tensor
-Pattern = str | Callable[[str, nn.Parameter], bool] | Mapping[str, Index | None]
-
-_INDEXED = re.compile(r"(?P<name>.+)\[(?P<index>[^\[\]]+)\]")
+from hesscope.space.random import stream_key, subset
 
 
-def select(problem: Problem | nn.Module, *patterns: Pattern) -> Space:
-    """The space over the parameters that match any of the patterns; every trainable parameter where none is given.
+def select(
+    problem: Problem | nn.Module,
+    *patterns: Pattern,
+    layers: Names | None = None,
+    blocks: Numbers | None = None,
+    rows: Numbers | None = None,
+    first: int | None = None,
+    random: int | None = None,
+    seed: int = 0,
+) -> Space:
+    """The space over all that the patterns match or the layers and blocks name; every trainable parameter by default.
 
     Args:
         problem: the problem (or the model) whose parameters are meant.
@@ -33,135 +37,70 @@ def select(problem: Problem | nn.Module, *patterns: Pattern) -> Space:
             parameter, or of every parameter that the glob before the bracket matches; a function
             `(name, parameter) -> bool`; `{name: index}`, where a list or tensor of integers is flat row-major indices,
             an int, slice or tuple is `W[index]`, and None the whole parameter.
+        layers: names inside a block without `.weight`, as a list or separated by commas: `"self_attn.q_proj"`, its end
+            after a dot (`"q_proj"`), a glob (`"mlp.*"`), or `"all"` weights with at least two axes, the default where
+            blocks are given. What no block has is looked for outside the blocks (`"lm_head"`), and what no matrix is
+            called among vectors (`"input_layernorm"`, `"q_proj.bias"`).
+        blocks: which blocks of the model's trunk: an int, list, slice, range, or text such as `"0,3,11"`, `"0-5"` (both
+            ends), `":3"`, `"-1"` (the last) or `"all"`, the default.
+        rows: output units, in the same forms, of everything selected that has no index of its own. For a `Conv1D` a row
+            is a column of the stored matrix; the rows of a stack of experts are counted through all experts.
+        first: only the first so many entries of each layer (or of its `rows`), row after row.
+        random: only so many entries of the whole selection, drawn without replacement, in the selection's order. The
+            draw depends on `seed` and the names and shapes of what is selected.
+        seed: seed of that draw.
 
     Returns:
         A space whose order is that of `model.named_parameters()`, tied parameters once, row-major inside a parameter;
-        lists of indices keep their order.
+        lists of indices and `rows` keep their order, and `rows` and `first` go row after row.
 
     Raises:
-        HesscopeError: a pattern that matches nothing (with the nearest names), a part given twice, an index out of range.
+        HesscopeError: a pattern, layer or block that matches nothing (with the nearest names), a part given twice, an
+            index out of range or repeated, more entries than there are.
+
+    Example:
+        >>> import hesscope as hs
+        >>> from hesscope.assets import model_path
+        >>> model = hs.causal_lm(model_path(), ["some text"]).model
+        >>> hs.select(model, layers="q_proj,k_proj", blocks=":2", first=3).size
+        12
+        >>> hs.select(model, layers="mlp.down_proj", blocks=-1, first=1).labels
+        ['model.layers.3.mlp.down_proj.weight[0, 0]']
     """
+    _require_count("first", first)
+    _require_count("random", random)
     model = problem.model if isinstance(problem, Problem) else problem
-    parameters, first_name = named_parameters(model), aliases(model)
-    chosen: dict[str, Index | None] = {}
-    if all(isinstance(p, str) and p.startswith("!") for p in patterns):
-        chosen = {name: None for name, p in parameters.items() if p.requires_grad}
-    for pattern in patterns:
-        if isinstance(pattern, str) and pattern.startswith("!"):
-            continue
-        for name, index in _matches(pattern, parameters, first_name).items():
-            _add(chosen, name, index)
-    for pattern in patterns:
-        if isinstance(pattern, str) and pattern.startswith("!"):
-            for name in _matches(pattern[1:], parameters, first_name):
-                chosen.pop(name, None)
-    if not chosen:
-        raise HesscopeError("Expected a selection of at least one parameter; none is left (or none is trainable).")
-    return Space([_coordinates(name, p, chosen[name]) for name, p in parameters.items() if name in chosen])
+    trunk = find_trunk(model)
+    where, is_cut = places(model, trunk), rows is not None or first is not None
+    by_place = None if layers is None and blocks is None else find_layers(model, trunk, where, layers, blocks)
+    chosen = choose(model, patterns, by_place, is_cut)
+    found = []
+    for name, parameter in named_parameters(model).items():
+        if name in chosen:
+            index, place = chosen[name], where[name]
+            if index is None and is_cut:
+                index = cut(name, tuple(parameter.shape), place.unit_axis, rows, first)
+            found.append(coordinates(name, parameter, index, place))
+    return Space(found if random is None else _subset(found, random, seed))
 
 
-def _matches(
-    pattern: Pattern, parameters: dict[str, nn.Parameter], first_name: dict[str, str]
-) -> dict[str, Index | None]:
-    """{first name: index or None} of what one pattern selects."""
-    found: dict[str, Index | None]
-    if isinstance(pattern, Mapping):
-        unknown = [name for name in pattern if name not in first_name]
-        if unknown:
-            raise HesscopeError(_no_match(unknown[0], first_name))
-        found = {}
-        for name, index in pattern.items():
-            _add(found, first_name[name], index)
-    elif callable(pattern):
-        found = {name: None for name, p in parameters.items() if pattern(name, p)}
-    elif not isinstance(pattern, str):
-        raise HesscopeError(
-            f"Expected a glob, a function of (name, parameter) or {{name: index}}, got {type(pattern).__name__}."
-        )
-    else:
-        found = _matches_text(pattern, first_name)
-    if not found:
-        raise HesscopeError(_no_match(str(pattern), first_name))
-    return found
+def _subset(whole: list[Coordinates], count: int, seed: int) -> list[Coordinates]:
+    """`count` coordinates drawn without replacement from a whole selection, in its order."""
+    sizes = torch.tensor([c.size for c in whole])
+    if count > (size := int(sizes.sum())):
+        raise HesscopeError(f"Expected random to be at most the {size} selected entries, got {count}.")
+    key = stream_key(seed, "subset", *(f"{c.name} {c.shape}" for c in whole))
+    drawn, starts = subset(key, count, size), sizes.cumsum(0) - sizes
+    parts = torch.tensor_split(drawn, torch.searchsorted(drawn, starts[1:]).tolist())
+    return [_only(c, part - start) for c, part, start in zip(whole, parts, starts, strict=True) if len(part)]
 
 
-def _matches_text(pattern: str, first_name: dict[str, str]) -> dict[str, Index | None]:
-    indexed = _INDEXED.fullmatch(pattern)
-    if indexed and indexed["name"] in first_name:
-        return {first_name[indexed["name"]]: parse_index(indexed["index"])}
-    if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise HesscopeError(f"Expected a regular expression after 're:', got {pattern[3:]!r}: {error}.") from error
-        return {first: None for name, first in first_name.items() if regex.fullmatch(name)}
-    found: dict[str, Index | None] = {f: None for name, f in first_name.items() if fnmatchcase(name, pattern)}
-    if not found and indexed:
-        index = parse_index(indexed["index"])
-        found = {first: index for name, first in first_name.items() if fnmatchcase(name, indexed["name"])}
-    return found
+def _only(c: Coordinates, positions: Tensor) -> Coordinates:
+    """The coordinates at some positions in the order of others."""
+    index = positions if c.index is None else c.index[positions]
+    return dataclasses.replace(c, index=index, index_shape=None)
 
 
-def parse_index(text: str) -> tuple[int | slice, ...]:
-    """The index that `W[text]` would use: integers and slices, separated by commas."""
-    return tuple(_parse_one(part.strip(), text) for part in text.split(","))
-
-
-def _parse_one(part: str, text: str) -> int | slice:
-    if re.fullmatch(r"-?\d+", part):
-        return int(part)
-    if re.fullmatch(r"(-?\d+)?:(-?\d+)?(:(\d+)?)?", part):
-        return slice(*(int(x) if x else None for x in part.split(":")))
-    raise HesscopeError(f"Expected integers and slices, as in [3] or [0:4, :8], got [{text}].")
-
-
-def _add(chosen: dict[str, Index | None], name: str, index: Index | None) -> None:
-    """A whole parameter swallows its parts; two parts of one parameter are ambiguous in order."""
-    if index is not None and chosen.get(name) is not None:
-        raise HesscopeError(f"Expected one index for {name}, got two; join them in one list of flat indices.")
-    if name not in chosen or index is None:
-        chosen[name] = index
-
-
-def _coordinates(name: str, parameter: nn.Parameter, index: Index | None) -> Coordinates:
-    if not parameter.is_floating_point():
-        raise HesscopeError(
-            f"Expected floating-point parameters, but {name} is {parameter.dtype}; load it unquantised."
-        )
-    shape = tuple(parameter.shape)
-    if index is None:
-        return Coordinates(name, shape, parameter.dtype, parameter.device)
-    picked = _flat_indices(name, shape, index)
-    if picked.numel() == 0:
-        raise HesscopeError(f"Expected the index of {name} to select something; it selects nothing of {list(shape)}.")
-    if len(set(picked.reshape(-1).tolist())) < picked.numel():
-        raise HesscopeError(f"Expected distinct indices into {name}; some are given twice.")
-    return Coordinates(name, shape, parameter.dtype, parameter.device, picked.reshape(-1), tuple(picked.shape))
-
-
-def _flat_indices(name: str, shape: tuple[int, ...], index: Index) -> Tensor:
-    """Flat positions, shaped as the selected part."""
-    size = math.prod(shape)
-    if isinstance(index, (list, Tensor)) and not (isinstance(index, Tensor) and index.dtype == torch.bool):
-        flat = torch.as_tensor(index).cpu()
-        if flat.numel() and (flat.is_floating_point() or flat.is_complex()):
-            raise HesscopeError(f"Expected whole numbers as indices into {name}, got {flat.dtype}.")
-        flat = flat.to(torch.int64)
-        if flat.numel() and not (-size <= int(flat.min()) and int(flat.max()) < size):
-            raise HesscopeError(
-                f"Expected flat indices into {name} below its {size} entries, got {int(flat.min())}..{int(flat.max())}."
-            )
-        return flat % size
-    try:
-        return torch.arange(size).reshape(shape)[index]
-    except (IndexError, TypeError) as error:
-        raise HesscopeError(
-            f"Expected an index that fits {name} of shape {list(shape)}, got {index}: {error}."
-        ) from error
-
-
-def _no_match(pattern: str, first_name: dict[str, str]) -> str:
-    stem = _INDEXED.fullmatch(pattern)
-    wanted = stem["name"] if stem else pattern
-    near = difflib.get_close_matches(wanted.removeprefix("re:"), first_name, n=3, cutoff=0.3) or list(first_name)[:3]
-    return f"No parameter matches {pattern!r}; the nearest names are {', '.join(near)}."
+def _require_count(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise HesscopeError(f"Expected {name} to be a number of entries, at least 1, got {value!r}.")

@@ -16,6 +16,8 @@ _TITLES = {
     "eigs": "Eigenvalues",
     "lanczos": "Lanczos quadrature",
     "perplexity-study": "Perplexity against its logarithm",
+    "structure": "Structure",
+    "structure-comparison": "Structures compared",
     "trace": "Trace",
     "verify": "Verification",
 }
@@ -34,6 +36,11 @@ _MEANINGS = {
     "that vector meets much of the spectrum.",
     "perplexity-study": "The spectra of the Hessians of the mean loss and of its exponential, and the check that they differ, "
     "after scaling, by a matrix of rank one along the gradient.",
+    "structure": "Where the block has its energy, the sum of squared entries: a map of the typical entry between every two "
+    "layers, the shares on the diagonal, within rows, layers and blocks and across blocks, with the shares that chance would "
+    "give in the thin strip, and all eigenvalues in order.",
+    "structure-comparison": "The shares of energy of several matrices, each above the thin strip that chance would give, and "
+    "their spectra relative to the largest magnitude.",
     "trace": "The sum of all second derivatives, with single probes as points; the band is the 95% interval of the running "
     "mean, and an exact trace is shown as a running sum.",
     "verify": "Every check of the operator against another way to the same number; a bar that passes its black mark has "
@@ -61,6 +68,8 @@ def explain(result: Result) -> str:
     meaning = _MEANINGS.get(result.kind, "")
     if result.kind == "verify":
         return f"{meaning} Discrepancies are relative and have no unit."
+    if result.kind == "structure-comparison":
+        return f"{meaning} Shares and relative spectra have no unit."
     units = unit(result)
     last = f"Values are in {units}." if units else "Values are in the units of the operator that was given."
     return f"{meaning} {last}".strip()

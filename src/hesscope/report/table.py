@@ -11,7 +11,18 @@ import torch
 
 from hesscope.figures.numbers import number, share, with_error
 from hesscope.figures.subject import selection_line, unit
-from hesscope.results import Block, Density, Diagonal, Eigenpairs, LanczosRun, Result, Trace, Verification
+from hesscope.results import (
+    Block,
+    Density,
+    Diagonal,
+    Eigenpairs,
+    LanczosRun,
+    Result,
+    Structure,
+    StructureComparison,
+    Trace,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +58,7 @@ def caption(results: Sequence[Result]) -> str:
     """The selection, where all results share one, and the units."""
     selections = {selection_line(result) for result in results}
     where = selections.pop() if len(selections) == 1 else ""
-    units = sorted({unit(result) for result in results if result.kind != "verify"} - {""})
+    units = sorted({unit(result) for result in results if result.kind not in ("verify", "structure-comparison")} - {""})
     return ". ".join(part for part in (where, f"Curvature in {' or '.join(units)}" if units else "") if part)
 
 
@@ -130,6 +141,26 @@ def _lanczos(run: LanczosRun) -> list[Row]:
     return [(f"Reach of {len(run.nodes)} Lanczos nodes", reach, f"residual norm {run.residual_norm:.1e}")]
 
 
+def _structure(structure: Structure) -> list[Row]:
+    inside, chance = (float(x[:4].sum()) for x in (structure.shares, structure.chance))
+    s = structure.spectrum
+    zeros = f"{s.zeros} of {s.size} zero to rounding"
+    return [
+        ("Energy inside blocks", share(inside), f"chance {share(chance)}"),
+        ("Energy on the diagonal", share(float(structure.shares[0])), f"chance {share(float(structure.chance[0]))}"),
+        ("Negative eigenvalues", share(s.negative_share), f"{share(s.negative_trace)} of the absolute trace; {zeros}"),
+        ("Condition above rounding", number(s.condition_above, 3), f"effective rank {number(s.effective_rank, 3)}"),
+    ]
+
+
+def _structures(comparison: StructureComparison) -> list[Row]:
+    inside, chance = (x[:, :4].sum(1).tolist() for x in (comparison.shares, comparison.chance))
+    return [
+        (f"Energy inside blocks, {name}", share(part), f"chance {share(level)}")
+        for name, part, level in zip(comparison.cases, inside, chance, strict=True)
+    ]
+
+
 def _trace(trace: Trace) -> list[Row]:
     if trace.method == "exact":
         return [("Trace", number(trace.estimate, 5), "exact")]
@@ -162,6 +193,8 @@ _BUILDERS: dict[type[Result], Callable[[Any], list[Row]]] = {
     Diagonal: _diagonal,
     Eigenpairs: _eigs,
     LanczosRun: _lanczos,
+    Structure: _structure,
+    StructureComparison: _structures,
     Trace: _trace,
     Verification: _verification,
 }

@@ -9,6 +9,8 @@ from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
 from hesscope.results.perplexity import PerplexityStudy
+from hesscope.results.structure import Structure
+from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
@@ -21,6 +23,8 @@ __all__ = [
     "LanczosRun",
     "PerplexityStudy",
     "Result",
+    "Structure",
+    "StructureComparison",
     "Trace",
     "Verification",
     "load",

@@ -20,8 +20,8 @@ from hesscope.errors import HesscopeError
 TENSORS, MANIFEST = "result.safetensors", "manifest.json"
 #: What a result can be; a folder holds one of them, with a figure of that name.
 KINDS = (
-    *("block", "convergence", "density", "diagonal", "eigs"),
-    *("lanczos", "perplexity-study", "trace", "verify"),
+    *("block", "convergence", "density", "diagonal", "eigs", "lanczos", "perplexity-study"),
+    *("structure", "structure-comparison", "trace", "verify"),
 )
 
 

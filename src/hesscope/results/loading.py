@@ -17,12 +17,27 @@ from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.perplexity import PerplexityStudy
+from hesscope.results.structure import Structure
+from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
 KINDS: dict[str, type[Result]] = {
     kind.kind: kind
-    for kind in (Block, Convergence, Density, Diagonal, Eigenpairs, LanczosRun, PerplexityStudy, Trace, Verification)
+    for kind in (
+        *(
+            Block,
+            Convergence,
+            Density,
+            Diagonal,
+            Eigenpairs,
+            LanczosRun,
+            PerplexityStudy,
+            Structure,
+            StructureComparison,
+        ),
+        *(Trace, Verification),
+    )
 }
 
 

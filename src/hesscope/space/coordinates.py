@@ -16,9 +16,9 @@ class Coordinates:
 
     `index` holds flat (row-major) positions, or is None where the whole parameter is selected. `shape` is the shape of
     the selected part: the parameter's own where the whole of it is selected, `W[index].shape` for a slice, `[m]` for a
-    list of m flat indices. Where the parameter belongs to a layer of a model's trunk, `block` counts the trunk's blocks,
-    `layer` is the name inside a block (such as `mlp.up_proj`), and `unit_axis` the axis of the output units: 0 for
-    `nn.Linear`, 1 for a `Conv1D`.
+    list of m flat indices. `block` counts the blocks of a model's trunk and is None outside it; `layer` is the name
+    inside the block, or in full outside it, without `.weight` (`mlp.up_proj`, `lm_head`); `unit_axis` is the axis of the
+    parameter's output units: 0 for `nn.Linear`, 1 for a `Conv1D`, 1 or 2 for experts stacked along axis 0.
     """
 
     name: str

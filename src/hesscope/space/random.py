@@ -43,6 +43,31 @@ def normals(key: int, indices: Tensor) -> Tensor:
     return radius * torch.cos(2.0 * math.pi * _uniform(_words(key, 2 * indices + 1)))
 
 
+def subset(key: int, count: int, size: int) -> Tensor:
+    """`count` different whole numbers below `size` in ascending order, every such subset equally likely.
+
+    They are the first different ones of a stream of numbers, or where that is shorter those left out of one; so a
+    smaller subset of at most half of the numbers is a part of a larger one. Costs O(min(count, size - count)) draws.
+    """
+    if 2 * count > size:
+        keep = torch.ones(size, dtype=torch.bool)
+        keep[subset(key, size - count, size)] = False
+        return keep.nonzero()[:, 0]
+    drawn, start = torch.empty(0, dtype=torch.int64), 0
+    while len(drawn) < count:
+        more = torch.arange(start, start := start + 2 * count)
+        drawn = _first_occurrences(torch.cat([drawn, (_uniform(_words(key, more)) * size).to(torch.int64)]))
+    return drawn[:count].sort().values
+
+
+def _first_occurrences(numbers: Tensor) -> Tensor:
+    """The different numbers, in the order in which they come first."""
+    different: Tensor
+    different, group = torch.unique(numbers, return_inverse=True)
+    first = torch.full_like(different, len(numbers)).scatter_reduce_(0, group, torch.arange(len(numbers)), "amin")
+    return different[first.argsort()]
+
+
 def _uniform(words: Tensor) -> Tensor:
     """Numbers in (0, 1) from the upper 53 bits of each word; never exactly zero, for the logarithm's sake."""
     return (_shift_right(words, 11).to(torch.float64) + 0.5) * 2.0**-53

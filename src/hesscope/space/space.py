@@ -68,6 +68,14 @@ class Space:
                 parameters[name] |= {"of_shape": list(whole), "index_sha256": picked}
         return {"size": self.size, "parameters": parameters}
 
+    def separately(self) -> dict[str, Space]:
+        """One space for each parameter, by its place in the model, such as `block00-self_attn.q_proj` or `lm_head`."""
+        width = max(2, *(len(str(c.block or 0)) for c in self.coordinates))
+        named = (
+            (c.layer or c.name, "" if c.block is None else f"block{c.block:0{width}}-", c) for c in self.coordinates
+        )
+        return {block + layer: Space([c]) for layer, block, c in named}
+
     def same_as(self, other: Space) -> bool:
         """Whether both spaces have the same coordinates in the same order."""
         return self is other or [c.key() for c in self.coordinates] == [c.key() for c in other.coordinates]
@@ -101,6 +109,10 @@ class Space:
                 f"Expected {c.name} to have shape {list(c.shape)} as selected, got {list(part.shape)}; reshape it."
             )
         return part.detach().to(device=c.device, dtype=self.dtype)
+
+    def place(self, V: Vectors) -> Vectors:
+        """Vectors that come from elsewhere, such as a file, with every part on its parameter's device."""
+        return {c.name: V[c.name].to(c.device) for c in self.coordinates}
 
     # ---- arithmetic
 

@@ -1,0 +1,97 @@
+"""`hesscope structure`: one case into one folder, or several cases into folders of one folder, with their comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from hesscope.cli.cases import Case, cases
+from hesscope.cli.options import CommonOptions
+from hesscope.cli.running import make_problem, operator_of, output_folder, write_run
+from hesscope.errors import HesscopeError
+
+if TYPE_CHECKING:
+    from hesscope.operators import Operator
+    from hesscope.problem import Problem
+    from hesscope.results import Structure
+
+
+def run_structure(common: CommonOptions, losses: str | None, keep_block: bool) -> None:
+    """Run every model with every loss. A finished case is a result of its own: the same command goes on after it."""
+    planned = cases(common, losses)
+    folder = output_folder(common, "structure")
+    several = sum(map(len, planned)) > 1
+    console = Console(highlight=False, soft_wrap=True)
+    found: dict[str, Structure] = {}
+    for of_model in planned:
+        problem = make_problem(of_model[0].common)
+        for case in of_model:
+            where = folder / case.folder if several else folder
+            found[case.name] = _run(case, operator_of(case.common, _under(problem, case.common)), where, keep_block)
+            console.print(f"{case.name}: " * several + found[case.name].summary(), markup=False)
+        del problem  # a model goes before the next is loaded
+    if several:
+        from hesscope.algorithms import structure
+
+        comparison = structure(found)
+        options = {**dataclasses.asdict(common), "losses": losses, "block": keep_block}
+        write_run(comparison, folder, options, overwrite=common.overwrite)
+        console.print(comparison.summary(), markup=False)
+    console.print(f"written to {folder}", markup=False)
+
+
+def _under(problem: Problem, common: CommonOptions) -> Problem:
+    """The problem itself, or the same model and batches under the case's loss and objective."""
+    from hesscope.problem.causal_lm import with_loss
+
+    return with_loss(problem, common.loss, common.objective)
+
+
+def _run(case: Case, H: Operator, folder: Path, keep_block: bool) -> Structure:
+    from hesscope.algorithms import block, structure
+
+    overwrite = case.common.overwrite
+    if not overwrite and (earlier := _finished(folder, H)) is not None:
+        return earlier
+    options = dataclasses.asdict(case.common)
+    exact = block(H)
+    if keep_block:
+        # Written first: it is what took the time.
+        write_run(exact, folder / "block", options, overwrite=True, also_pt=case.common.also_pt)
+    result = structure(exact)
+    write_run(result, folder, options, overwrite=overwrite)
+    return result
+
+
+def _finished(folder: Path, H: Operator) -> Structure | None:
+    """An earlier run of this very case; raises HesscopeError where the folder holds another."""
+    from hesscope.algorithms.driver import provenance
+    from hesscope.results import Structure, load
+    from hesscope.results.base import MANIFEST
+
+    if not (folder / MANIFEST).exists():
+        return None
+    earlier, now = load(folder), provenance(H, {})
+    if isinstance(earlier, Structure) and _identity(earlier.provenance) == _identity(now):
+        return earlier
+    raise HesscopeError(
+        f"The folder {str(folder)!r} already holds another run; choose another --output-dir, or pass --overwrite."
+    )
+
+
+def _identity(provenance: dict[str, object]) -> str:
+    """What decides the numbers: problem, selection and operator, without what is measured on the way."""
+    from hesscope.results.base import jsonable
+
+    problem, operator = provenance.get("problem"), provenance.get("operator")
+    kept = {
+        "fingerprint": problem.get("fingerprint") if isinstance(problem, dict) else None,
+        "operator": operator.get("operator") if isinstance(operator, dict) else None,
+        "engine": operator.get("engine") if isinstance(operator, dict) else None,
+        "selection": provenance.get("selection"),
+    }
+    return json.dumps(jsonable(kept), sort_keys=True)
