@@ -20,7 +20,7 @@ LAYERS = [
     {"operators"},
     {"results", "figures"},
     {"algorithms"},
-    {"verification", "report"},
+    {"verification", "report", "studies"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -16,6 +16,8 @@ _HOMES = {
     "Space": "hesscope.space",
     "block": "hesscope.algorithms",
     "causal_lm": "hesscope.problem",
+    "convergence": "hesscope.studies",
+    "cross_check": "hesscope.studies",
     "density": "hesscope.algorithms",
     "diagonal": "hesscope.algorithms",
     "eigs": "hesscope.algorithms",
@@ -23,6 +25,7 @@ _HOMES = {
     "lanczos": "hesscope.algorithms",
     "load": "hesscope.results",
     "operator": "hesscope.operators",
+    "perplexity_study": "hesscope.studies",
     "select": "hesscope.problem",
     "structure": "hesscope.algorithms",
     "supervised": "hesscope.problem",
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from hesscope.problem import Problem, causal_lm, select, supervised
     from hesscope.results import load
     from hesscope.space import Space
+    from hesscope.studies import convergence, cross_check, perplexity_study
     from hesscope.verification import verify
 
 __all__ = [
@@ -47,6 +51,8 @@ __all__ = [
     "Space",
     "block",
     "causal_lm",
+    "convergence",
+    "cross_check",
     "density",
     "diagonal",
     "eigs",
@@ -54,6 +60,7 @@ __all__ = [
     "lanczos",
     "load",
     "operator",
+    "perplexity_study",
     "select",
     "structure",
     "supervised",

@@ -7,3 +7,12 @@ class HesscopeError(ValueError):
 
 class HesscopeWarning(UserWarning):
     """The answer stands, but something about it is probably not what the caller had in mind."""
+
+
+class UnusedParameters(HesscopeWarning):
+    """No batch's loss depends on some of the selected parameters, in `names`."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        listed = f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+        super().__init__(f"The loss does not depend on {listed}: rows and columns there are zero.")

@@ -26,7 +26,7 @@ def operator(dtype: torch.dtype = torch.float64) -> hs.Operator:
     return hs.operator(generic(12).to(dtype))
 
 
-def of_a_model() -> hs.Operator:
+def of_a_model() -> Any:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     batches = [(torch.randn(b, 3), torch.arange(b) % 2) for b in (2, 5)]
@@ -47,6 +47,8 @@ KINDS: dict[str, Callable[[], Result]] = {
     "block": lambda: hs.block(operator()),
     "block of float32": lambda: hs.block(operator(torch.float32)),
     "block of bfloat16": lambda: Block(**COST, matrix=torch.eye(2).bfloat16(), labels=["a[0]", "a[1]"], asymmetry=0.0),
+    "convergence": lambda: hs.convergence(of_a_model().problem, keep=[2, 7]),
+    "convergence, nothing kept": lambda: hs.convergence(of_a_model().problem, keep="none"),
     "diagonal": lambda: hs.diagonal(operator(), method="hutchinson", budget=5),
     "diagonal, one probe": lambda: hs.diagonal(operator(), method="hutchinson", budget=1),
     "diagonal, exact": lambda: hs.diagonal(of_a_model()),
@@ -55,6 +57,7 @@ KINDS: dict[str, Callable[[], Result]] = {
     "eigs of a model": lambda: hs.eigs(of_a_model(), k=2, seed=None),
     "lanczos": lambda: hs.lanczos(operator(), 4),
     "lanczos with its basis": lambda: hs.lanczos(of_a_model(), 4, keep_basis=True),
+    "perplexity-study": lambda: hs.perplexity_study(of_a_model().problem),
     "trace": lambda: hs.trace(operator(), method="hutchinson", budget=5),
     "trace, one probe": lambda: hs.trace(operator(), method="hutchinson", budget=1),
     "trace, exact": lambda: hs.trace(of_a_model()),

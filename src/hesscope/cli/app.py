@@ -26,6 +26,7 @@ app = typer.Typer(
 
 _Method = Annotated[str, typer.Option(help="auto, exact or hutchinson. auto is exact where that costs no more.")]
 _Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]
+_Absolute = Annotated[bool, typer.Option("--absolute", help="Draw a block's magnitudes |H| instead of its signs.")]
 _Target = Annotated[
     float | None, typer.Option(help="Stop at this relative error, such as 0.1; never before 30 probes.")
 ]
@@ -39,6 +40,7 @@ def block(
     route: Annotated[
         str, typer.Option(help="auto, weights or positions: auto takes the one that needs fewer products.")
     ] = "auto",
+    absolute: _Absolute = False,
 ) -> None:
     """The exact matrix of the operator over the selected weights: at most n products for n weights.
 
@@ -49,7 +51,15 @@ def block(
 
     folder = output_folder(common, "block")
     kept = checkpoint(common, folder)
-    finish(hs.block(make_operator(common), route, kept), common, folder, kept, route=route)
+    finish(
+        hs.block(make_operator(common), route, kept),
+        common,
+        folder,
+        kept,
+        drawn={"absolute": absolute},
+        route=route,
+        absolute=absolute,
+    )
 
 
 @app.command()
@@ -176,15 +186,59 @@ def verify(common: CommonOptions) -> None:
         raise typer.Exit(1)
 
 
+@app.command("cross-check")
+@with_common_options
+def cross_check(
+    common: CommonOptions,
+    columns: Annotated[int, typer.Option(help="Columns to hold to differences of the gradient.")] = 6,
+    entries: Annotated[int, typer.Option(help="Entries to hold to differences of the loss.")] = 12,
+    block: Annotated[
+        Path | None, typer.Option(help="Check the block of this earlier run, made with the same options.")
+    ] = None,
+) -> None:
+    """Hold an exact block to finite differences of the gradient and of the loss, in float64.
+
+    Computes the block in float64, or checks the one that an earlier run wrote. Exits with status 1 if a check fails.
+    """
+    from hesscope.cli.studying import run_cross_check
+
+    if not run_cross_check(common, columns, entries, block):
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_common_options
+def convergence(
+    common: CommonOptions,
+    keep: Annotated[
+        str, typer.Option(help="Running estimates to keep: auto, all, none, or numbers as in 1,2,4.")
+    ] = "auto",
+) -> None:
+    """The exact block after 1, 2, ..., S sequences, and how far each one moved it; costs one block in all."""
+    from hesscope.cli.studying import run_convergence
+
+    run_convergence(common, keep)
+
+
+@app.command("perplexity-study")
+@with_common_options
+def perplexity_study(common: CommonOptions) -> None:
+    """The Hessians of the mean loss R and of the perplexity exp(R), their spectra, and the check of what they differ by."""
+    from hesscope.cli.studying import run_perplexity_study
+
+    run_perplexity_study(common)
+
+
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="Folder of an earlier run.")],
     plot: Annotated[Path | None, typer.Option(help="Draw its figure again, to a .png, .pdf or .svg file.")] = None,
+    absolute: _Absolute = False,
 ) -> None:
     """Print what an earlier run found, what it cost and what it was run on."""
     from hesscope.cli.showing import show_folder
 
-    show_folder(folder, plot)
+    show_folder(folder, plot, absolute)
 
 
 @app.command()

@@ -112,10 +112,21 @@ def model_source(common: CommonOptions) -> str:
     return str(model_path()) if common.model == _DEMO else str(common.model)
 
 
-def finish(result: Result, common: CommonOptions, folder: Path, kept: Checkpoint | None = None, **own: Any) -> None:
-    """Write the folder with its figure, all at once, let go of the run's checkpoint, and say what came out."""
+def finish(
+    result: Result,
+    common: CommonOptions,
+    folder: Path,
+    kept: Checkpoint | None = None,
+    *,
+    drawn: Any = None,
+    **own: Any,
+) -> None:
+    """Write the folder with its figure, all at once, let go of the run's checkpoint, and say what came out.
+
+    `drawn` goes to the result's `plot`, `own` into the record.
+    """
     options = {**dataclasses.asdict(common), "separately": _PREPARED.get() is not None, **own}
-    write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt)
+    write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt, drawn=drawn)
     if kept is not None:
         kept.discard()
     console = Console(highlight=False, soft_wrap=True)
@@ -124,7 +135,13 @@ def finish(result: Result, common: CommonOptions, folder: Path, kept: Checkpoint
 
 
 def write_run(
-    result: Result, folder: Path, options: dict[str, Any], *, overwrite: bool = False, also_pt: bool = False
+    result: Result,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    also_pt: bool = False,
+    drawn: dict[str, Any] | None = None,
 ) -> Path:
     """Result, manifest with the resolved options, and figure in one folder, all or nothing."""
     from hesscope.results.base import require_free, staged
@@ -134,5 +151,5 @@ def write_run(
     require_free(folder, overwrite)
     with staged(folder) as stage:
         result.write(stage, also_pt)
-        result.plot(stage / f"{result.kind}.png")
+        result.plot(stage / f"{result.kind}.png", **(drawn or {}))
     return folder

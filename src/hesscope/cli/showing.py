@@ -10,9 +10,9 @@ from rich.console import Console
 from hesscope.errors import HesscopeError
 
 
-def show_folder(folder: Path, plot: Path | None) -> None:
+def show_folder(folder: Path, plot: Path | None, absolute: bool = False) -> None:
     """Summary and provenance of a saved result, or a line for each run in a folder of several; with `plot`, its figure."""
-    from hesscope.results import Result, load
+    from hesscope.results import Block, Result, load
 
     if plot is None and (runs := _runs_inside(folder)):
         list_runs(f"{len(runs)} runs in {folder}:", {run.name: load(run).summary() for run in runs})
@@ -20,6 +20,8 @@ def show_folder(folder: Path, plot: Path | None) -> None:
     result = load(folder)
     if not isinstance(result, Result):
         raise HesscopeError(f"Expected the folder of a run, got the tensor file {str(folder)!r}.")
+    if absolute and (plot is None or not isinstance(result, Block)):
+        raise HesscopeError(f"Expected --absolute with --plot and the run of a block, got a run of {result.kind!r}.")
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
     facts = _facts(result.provenance)
@@ -27,7 +29,8 @@ def show_folder(folder: Path, plot: Path | None) -> None:
     for key, value in facts:
         console.print(f"{key:{width}}  {value}", markup=False)
     if plot is not None:
-        console.print(f"drawn to {result.plot(plot)}", markup=False)
+        drawn = result.plot(plot, absolute=absolute) if isinstance(result, Block) else result.plot(plot)
+        console.print(f"drawn to {drawn}", markup=False)
 
 
 def list_runs(title: str, summaries: dict[str, str]) -> None:

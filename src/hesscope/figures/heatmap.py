@@ -10,17 +10,22 @@ import numpy as np
 
 from hesscope.figures import segments, subject
 from hesscope.figures.names import FEW_ROWS, name_axes
+from hesscope.figures.nested_names import nested_names
+from hesscope.figures.places import Places, places_of
 from hesscope.figures.scales import Array, array, limit, magnitude_norm, mark, signed_norm
 from hesscope.figures.segments import Segment
 from hesscope.figures.style import DPI, INK, MAGNITUDE, SIGNED, look, new_figure, save
 from hesscope.results.block import Block
 
-SIDE = 5.4  # inches of the matrix
-_LARGEST = 2000
+SIDE, WIDEST = 5.4, 8.8  # inches of the matrix: of a small one, and of the largest
+_LARGEST = 2400
 
 
 def draw_block(block: Block, path: Path, absolute: bool = False) -> Path:
     """Draw a block as a heatmap: vermilion is positive, blue is negative, and zero is white.
+
+    Strong lines part the blocks of the model's trunk, finer ones layers, and the finest parameters; blocks are named outside,
+    layers next to the matrix. Every entry has a pixel of its own, up to 2400 x 2400.
 
     Args:
         absolute: magnitudes only, as papers on Hessian structure often show them.
@@ -30,16 +35,18 @@ def draw_block(block: Block, path: Path, absolute: bool = False) -> Path:
     """
     matrix = array(block.matrix)
     shown, pooled = pool(matrix, _LARGEST)
-    names = name_axes(block.labels, SIDE)
+    n = len(matrix)
+    side = min(max(SIDE, WIDEST * n / _LARGEST), WIDEST)
+    places = places_of(block, block.labels)
+    names = nested_names(places, n, side) if places.several_blocks else name_axes(block.labels, side)
     with look():
-        size = (SIDE + names.left + 1.25, SIDE + names.below)
+        size = (side + names.left + 1.25, side + names.below)
         figure = new_figure(*size, _title(block), _subtitle(block, matrix, pooled), subject.footer(block))
         axes = figure.add_subplot()
-        _image(figure, axes, np.abs(shown) if absolute else shown, _bar_label(block, absolute), absolute, len(matrix))
-        _borders(axes, block.labels)
+        _image(figure, axes, np.abs(shown) if absolute else shown, _bar_label(block, absolute), absolute, n)
+        _borders(axes, block.labels, places, 72 * side / n)
         names.write(axes)
-        # Every entry gets a pixel of its own.
-        return save(figure, path, dpi=max(DPI, math.ceil(len(shown) / (0.95 * SIDE))))
+        return save(figure, path, dpi=max(DPI, math.ceil(len(shown) / (0.95 * side))))
 
 
 def pool(matrix: Array, most: int) -> tuple[Array, int]:
@@ -92,13 +99,21 @@ def _image(figure: Any, axes: Any, shown: Array, label: str, absolute: bool, n: 
     bar.ax.set_ylim(norm.vmin, norm.vmax)
 
 
-def _borders(axes: Any, labels: list[str]) -> None:
-    """Lines between parameters and, where there are few, between rows."""
-    rows = segments.rows(labels)
+def _borders(axes: Any, labels: list[str], places: Places, cell: float) -> None:
+    """Lines between trunk blocks, layers and parameters and, where there are few, rows; thin where a cell is small.
+
+    `cell` is an entry's width in points: a line must not hide more than an entry or two.
+    """
+    n, rows = len(labels), segments.rows(labels)
     if len(rows) <= FEW_ROWS:
-        _grid(axes, rows, len(labels), linewidth=0.5, alpha=0.35)
-    parameters = segments.parameters(labels)
-    _grid(axes, parameters, len(labels), linewidth=max(0.3, min(0.9, 8 / len(parameters))), alpha=0.9)
+        _grid(axes, rows, n, linewidth=0.5, alpha=0.35)
+    if not places.blocks:
+        _grid(axes, places.parameters, n, linewidth=max(0.3, min(0.9, 8 / len(places.parameters))), alpha=0.9)
+        return
+    _grid(axes, places.parameters, n, linewidth=min(0.4, cell), alpha=0.5)
+    crowded = n < 20 * len(places.layers)
+    _grid(axes, places.layers, n, linewidth=max(0.3, min(0.7, 1.5 * cell)), alpha=0.35 if crowded else 0.8)
+    _grid(axes, places.blocks, n, linewidth=max(0.6, min(1.5, 3 * cell)), alpha=1.0)
 
 
 def _grid(axes: Any, between: list[Segment], n: int, **line: Any) -> None:

@@ -29,12 +29,13 @@ def draw_verification(verification: Verification, path: Path) -> Path:
         height = 0.75 + _ROW * max(len(outcomes), 1)
         figure = new_figure(8.4, height, f"Verification: {passed}", parts, subject.footer(verification))
         axes = figure.add_subplot()
-        _bars(axes, measured, limits, outcomes)
+        draw_bars(axes, measured, limits, outcomes)
         _names(axes, verification, outcomes)
         return save(figure, path)
 
 
-def _bars(axes: Any, measured: Array, limits: Array, outcomes: list[bool]) -> None:
+def draw_bars(axes: Any, measured: Array, limits: Array, outcomes: list[bool]) -> None:
+    """Bars of measured discrepancies on a logarithmic scale over their limits, one a row."""
     known = np.concatenate([measured, limits])
     known = known[np.isfinite(known) & (known > 0)]
     floor = float(known.min(initial=1.0)) / 10

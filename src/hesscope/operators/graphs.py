@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from hesscope.engines import Engine, Linearization
-from hesscope.errors import HesscopeWarning
+from hesscope.errors import UnusedParameters
 from hesscope.memory import available_bytes
 from hesscope.models import state_key
 from hesscope.problem import Problem
@@ -74,9 +74,4 @@ def warn_of_unused(unused: dict[int, set[str]], batches: int) -> None:
     """Once every batch was seen, warn of parameters that none of them uses."""
     never = sorted(set.intersection(*unused.values())) if len(unused) == batches else []
     if never:
-        warnings.warn(
-            f"The loss does not depend on {', '.join(never[:3])}{' and others' if len(never) > 3 else ''}: "
-            "rows and columns there are zero.",
-            HesscopeWarning,
-            stacklevel=3,
-        )
+        warnings.warn(UnusedParameters(never), stacklevel=3)

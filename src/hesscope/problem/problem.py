@@ -19,7 +19,7 @@ from hesscope.losses import Loss, MeanLoss
 from hesscope.models import borrowed, first_nonfinite_module, named_parameters, parameters, require_one_device
 from hesscope.models.borrow import attention_note
 from hesscope.models.dropout import require_no_dropout
-from hesscope.problem.batches import content_hash, freeze
+from hesscope.problem.batches import content_hash, freeze, sequences_in
 
 OBJECTIVES = ("nll", "perplexity")
 DROPOUTS = ("off", "frozen")
@@ -67,6 +67,8 @@ class Problem:
         self.dropout = dropout
         self.seed = seed
         self.source = dict(source or {})
+        #: Which mask each batch has under frozen dropout: its place in the problem that it was first part of.
+        self.places: tuple[int, ...] = tuple(range(len(self.batches)))
         self._wrapped = _LossModule(model, self.loss)
         self._hashed: tuple[object, str] | None = None
 
@@ -99,7 +101,7 @@ class Problem:
     @contextmanager
     def running(self, b: int) -> Iterator[None]:
         """The state in which batch b is run: attention with a second derivative, dropout off or frozen."""
-        seed = None if self.dropout == "off" else _batch_seed(self.seed, b)
+        seed = None if self.dropout == "off" else _batch_seed(self.seed, self.places[b])
         with borrowed(self.model, dropout_seed=seed):
             yield
 
@@ -133,6 +135,84 @@ class Problem:
         with torch.no_grad():
             return math.fsum(float(self.total(b)[0]) for b in range(len(self.batches))) / self.N
 
+    # ---- relatives
+
+    def subset(self, batches: Iterable[int]) -> Problem:
+        """The same model and loss on some of the batches, in the order given; each keeps its frozen dropout mask.
+
+        Raises:
+            HesscopeError: no batches, or numbers that are not those of batches.
+
+        Example:
+            >>> import torch, hesscope as hs
+            >>> problem = hs.supervised(torch.nn.Linear(2, 3), [(torch.ones(b, 2), torch.zeros(b).long()) for b in (2, 5)])
+            >>> problem.subset([1]).N
+            5
+        """
+        chosen = list(batches)
+        wrong = [b for b in chosen if not (isinstance(b, int) and 0 <= b < len(self.batches))]
+        if wrong or not chosen:
+            raise HesscopeError(
+                f"Expected numbers of batches from 0 to {len(self.batches) - 1}, got {wrong[0] if wrong else 'none'}."
+            )
+        part = self.related(batches=[self.batches[b] for b in chosen])
+        part.places = tuple(self.places[b] for b in chosen)
+        return part
+
+    def by_sequence(self) -> Problem:
+        """The same sequences (or examples), one a batch: every tensor of a batch is cut along its first axis.
+
+        Padding stays. The sequences' losses have to add up to the batches' losses: where they do not, the model or the
+        loss mixes the sequences of a batch, and there is no curvature of a single one.
+
+        Raises:
+            HesscopeError: a batch whose first axes differ, frozen dropout (a mask belongs to a whole batch), or losses
+                that do not add up.
+        """
+        parts = [sequences_in(b, batch) for b, batch in enumerate(self.batches)]
+        if all(len(singles) == 1 for singles in parts):
+            return self
+        if self.dropout == "frozen":
+            raise HesscopeError(
+                "Expected dropout='off', or batches of one sequence, to split batches into sequences: a frozen mask belongs "
+                "to its whole batch; make the problem with batch_size=1."
+            )
+        split = self.related(batches=[single for singles in parts for single in singles])
+        self._require_same_loss(split)
+        return split
+
+    def related(
+        self, *, model: nn.Module | None = None, batches: Iterable[Any] | None = None, objective: str | None = None
+    ) -> Problem:
+        """This problem with another model, other batches or another objective."""
+        other = Problem(
+            self.model if model is None else model,
+            self.loss,
+            self.batches if batches is None else batches,
+            objective=objective or self.objective,
+            dropout=self.dropout,
+            seed=self.seed,
+            source=self.source,
+        )
+        if batches is None:
+            other.places = self.places
+        if model is None:
+            self._model_fingerprint()
+            other._hashed = self._hashed
+        return other
+
+    def _require_same_loss(self, split: Problem) -> None:
+        """Raise HesscopeError unless the split problem has this one's count and, up to rounding, its risk."""
+        eps = max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point())
+        whole, parts = self.risk(), split.risk()
+        # Models that are float64 may cast to float32 inside; another batch shape rounds differently.
+        if split.N != self.N or abs(whole - parts) > max(10 * math.sqrt(eps), 1e-5) * max(abs(whole), 1e-30):
+            raise HesscopeError(
+                f"Expected the losses of single sequences to add up to those of the batches, but the mean loss is {whole:.6g} "
+                f"over {self.N} terms in batches and {parts:.6g} over {split.N} one by one: the model or the loss mixes the "
+                "sequences of a batch."
+            )
+
     # ---- identity
 
     @cached_property
@@ -145,6 +225,8 @@ class Problem:
         """SHA-256 of everything that decides the numbers: weights, batches, loss, objective, dropout."""
         parts = [self._model_fingerprint(), self.data_fingerprint, type(self.loss).__name__, self.objective]
         parts += [self.dropout, str(self.seed) if self.dropout == "frozen" else ""]
+        if self.dropout == "frozen" and self.places != tuple(range(len(self.batches))):
+            parts.append(str(self.places))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _model_fingerprint(self) -> str:

@@ -10,10 +10,12 @@ from hesscope.results import Result
 
 _TITLES = {
     "block": "Exact block",
+    "convergence": "How the block settles",
     "density": "Spectral density",
     "diagonal": "Diagonal",
     "eigs": "Eigenvalues",
     "lanczos": "Lanczos quadrature",
+    "perplexity-study": "Perplexity against its logarithm",
     "structure": "Structure",
     "structure-comparison": "Structures compared",
     "trace": "Trace",
@@ -22,6 +24,8 @@ _TITLES = {
 _MEANINGS = {
     "block": "Every second derivative between two of the selected weights: vermilion is positive, blue negative and white "
     "zero, on a scale that is logarithmic beyond a small linear part.",
+    "convergence": "How far each further sequence moved the block, and how far the block is expected to be from that of "
+    "endless text; the first falls as one over the number of sequences, the second as one over its square root.",
     "density": "How the eigenvalues are distributed, on a logarithmic scale: a bulk near zero and, marked by triangles, "
     "eigenvalues apart from it; below it are each probe's quadrature nodes, which are the result.",
     "diagonal": "The second derivative in every single weight, in the weight's own shape and as a histogram; methods that "
@@ -30,6 +34,8 @@ _MEANINGS = {
     "measured residuals, which bound the distance to an exact eigenvalue.",
     "lanczos": "The nodes and weights of the quadrature that the start vector's Krylov space gives; heavy nodes are where "
     "that vector meets much of the spectrum.",
+    "perplexity-study": "The spectra of the Hessians of the mean loss and of its exponential, and the check that they differ, "
+    "after scaling, by a matrix of rank one along the gradient.",
     "structure": "Where the block has its energy, the sum of squared entries: a map of the typical entry between every two "
     "layers, the shares on the diagonal, within rows, layers and blocks and across blocks, with the shares that chance would "
     "give in the thin strip, and all eigenvalues in order.",

@@ -2,11 +2,13 @@
 
 from hesscope.results.base import Result
 from hesscope.results.block import Block
+from hesscope.results.convergence import Convergence
 from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
+from hesscope.results.perplexity import PerplexityStudy
 from hesscope.results.structure import Structure
 from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
@@ -14,10 +16,12 @@ from hesscope.results.verification import Verification
 
 __all__ = [
     "Block",
+    "Convergence",
     "Density",
     "Diagonal",
     "Eigenpairs",
     "LanczosRun",
+    "PerplexityStudy",
     "Result",
     "Structure",
     "StructureComparison",

@@ -19,7 +19,10 @@ from hesscope.errors import HesscopeError
 
 TENSORS, MANIFEST = "result.safetensors", "manifest.json"
 #: What a result can be; a folder holds one of them, with a figure of that name.
-KINDS = ("block", "density", "diagonal", "eigs", "lanczos", "structure", "structure-comparison", "trace", "verify")
+KINDS = (
+    *("block", "convergence", "density", "diagonal", "eigs", "lanczos", "perplexity-study"),
+    *("structure", "structure-comparison", "trace", "verify"),
+)
 
 
 @dataclass(frozen=True, eq=False)

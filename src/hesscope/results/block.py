@@ -34,7 +34,11 @@ class Block(Result):
             f"asymmetry {self.asymmetry:.1e}; {self.cost_line()}"
         )
 
-    def plot(self, path: str | Path) -> Path:
+    def plot(self, path: str | Path, absolute: bool = False) -> Path:
+        """Draw the block as a signed heatmap with zero white, or its magnitudes alone.
+
+        The ending (.png, .pdf, .svg) decides the format.
+        """
         from hesscope.figures.heatmap import draw_block
 
-        return draw_block(self, Path(path))
+        return draw_block(self, Path(path), absolute)

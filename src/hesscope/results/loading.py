@@ -11,10 +11,12 @@ import torch
 from hesscope.errors import HesscopeError
 from hesscope.results.base import MANIFEST, TENSORS, Result
 from hesscope.results.block import Block
+from hesscope.results.convergence import Convergence
 from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
+from hesscope.results.perplexity import PerplexityStudy
 from hesscope.results.structure import Structure
 from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
@@ -23,7 +25,17 @@ from hesscope.results.verification import Verification
 KINDS: dict[str, type[Result]] = {
     kind.kind: kind
     for kind in (
-        *(Block, Density, Diagonal, Eigenpairs, LanczosRun, Structure, StructureComparison),
+        *(
+            Block,
+            Convergence,
+            Density,
+            Diagonal,
+            Eigenpairs,
+            LanczosRun,
+            PerplexityStudy,
+            Structure,
+            StructureComparison,
+        ),
         *(Trace, Verification),
     )
 }

@@ -1,0 +1,60 @@
+"""The verbs that study exact blocks: convergence, perplexity-study, cross-check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hesscope.cli.options import CommonOptions
+from hesscope.cli.running import finish, make_problem, make_space, output_folder
+from hesscope.errors import HesscopeError
+
+
+def run_convergence(common: CommonOptions, keep: str) -> None:
+    """`hesscope convergence`."""
+    import hesscope as hs
+
+    folder = output_folder(common, "convergence")
+    wanted = _numbers(keep)
+    problem = make_problem(common)
+    space = make_space(common, problem)
+    result = hs.convergence(problem, space, operator=common.operator, engine=common.engine, keep=wanted)
+    finish(result, common, folder, keep=keep)
+
+
+def run_perplexity_study(common: CommonOptions) -> None:
+    """`hesscope perplexity-study`."""
+    import hesscope as hs
+
+    folder = output_folder(common, "perplexity-study")
+    _require_hessian(common, "perplexity-study")
+    problem = make_problem(common)
+    finish(hs.perplexity_study(problem, make_space(common, problem)), common, folder)
+
+
+def run_cross_check(common: CommonOptions, columns: int, entries: int, block: Path | None) -> bool:
+    """`hesscope cross-check`; whether all checks passed."""
+    import hesscope as hs
+
+    folder = output_folder(common, "cross-check")
+    _require_hessian(common, "cross-check")
+    given = None if block is None else hs.load(block)
+    problem = make_problem(common)
+    space = make_space(common, problem)
+    result = hs.cross_check(problem, space, columns=columns, entries=entries, block=given, seed=common.seed)
+    finish(result, common, folder, columns=columns, entries=entries, block=block)
+    return result.passed
+
+
+def _require_hessian(common: CommonOptions, verb: str) -> None:
+    if common.operator != "hessian" or common.engine not in ("auto", "reverse-over-reverse"):
+        raise HesscopeError(
+            f"Expected the Hessian by double backward for {verb}, got --operator {common.operator} --engine {common.engine}; "
+            "leave both out."
+        )
+
+
+def _numbers(keep: str) -> str | list[int]:
+    """auto, all and none as they are; `1,2,4` as numbers."""
+    if not all(part.strip().isdigit() for part in keep.split(",")):
+        return keep
+    return [int(part) for part in keep.split(",")]
