@@ -47,6 +47,8 @@ class Engine(ABC):
     #: Cost of a linearization, and of each vector's product on it.
     build_units: float
     product_units: float
+    #: Cost of the gradient on a linearization.
+    gradient_units: float = 0.0
 
     @abstractmethod
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:

@@ -24,6 +24,7 @@ class FiniteDifference(Engine):
     name = "finite-difference"
     build_units = 0.0
     product_units = 12.0
+    gradient_units = 3.0
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return _Differences(problem, b, space)

@@ -23,6 +23,20 @@ def summed_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return total
 
 
+def cross_entropy_residual(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """The derivative of the sum in the logits, p_t - e_(y_t) in row t; rows whose target is ignored are zero."""
+    valid_T1 = (targets_T != IGNORED)[:, None]
+    p_TV = torch.softmax(logits_TV, -1).masked_fill_(~valid_T1, 0.0)
+    return p_TV.scatter_add_(1, targets_T.clamp(min=0)[:, None], -valid_T1.to(p_TV.dtype))
+
+
+def cross_entropy_hessian_product(logits_TV: Tensor, targets_T: Tensor, u_TV: Tensor) -> Tensor:
+    """H_t u_t = p_t * (u_t - <p_t, u_t>) in row t; rows whose target is ignored are zero."""
+    p_TV = torch.softmax(logits_TV, -1).masked_fill_((targets_T == IGNORED)[:, None], 0.0)
+    mean_T1: Tensor = torch.linalg.vecdot(p_TV, u_TV)[:, None]
+    return (u_TV - mean_T1).mul_(p_TV)
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z_TV: Tensor, y_T: Tensor) -> Tensor:
