@@ -20,6 +20,7 @@ _HOMES = {
     "cross_check": "hesscope.studies",
     "density": "hesscope.algorithms",
     "diagonal": "hesscope.algorithms",
+    "diagonal_study": "hesscope.algorithms",
     "eigs": "hesscope.algorithms",
     "empirical_fisher": "hesscope.operators",
     "fisher": "hesscope.operators",
@@ -38,7 +39,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, structure, trace
+    from hesscope.algorithms import block, density, diagonal, diagonal_study, eigs, lanczos, structure, trace
     from hesscope.errors import HesscopeError, HesscopeWarning
     from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, operator
     from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
@@ -59,6 +60,7 @@ __all__ = [
     "cross_check",
     "density",
     "diagonal",
+    "diagonal_study",
     "eigs",
     "empirical_fisher",
     "fisher",

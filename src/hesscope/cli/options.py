@@ -72,7 +72,7 @@ def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def verb(**values: Any) -> None:
         common = CommonOptions(**{name: values.pop(name) for name in names})
-        with stopped_in_words(result_folder(common, command.__name__)):
+        with stopped_in_words(result_folder(common, command.__name__.replace("_", "-"))):
             command(common, **values)
 
     verb.__name__, verb.__doc__ = command.__name__, command.__doc__

@@ -17,7 +17,16 @@ _NAMES = {
     "function": "Operator",
 }
 _LETTERS = {"ggn": "G", "fisher": "F", "empirical-fisher": "E", "kfac": "K"}
-_METHODS = {"hutchinson": "Hutchinson's estimate", "hutch++": "Hutch++", "xtrace": "XTrace", "xdiag": "XDiag"}
+_METHODS = {
+    "hutchinson": "Hutchinson's estimate",
+    "gaussian": "Hutchinson's estimate, normal probes",
+    "deflated": "deflation",
+    "nystrom": "cross-fitted Nyström",
+    "auto": "automatic choice",
+    "hutch++": "Hutch++",
+    "xtrace": "XTrace",
+    "xdiag": "XDiag",
+}
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _IN_NATS = ("LM", "CrossEntropy")
 
