@@ -35,7 +35,7 @@ class BatchColumns(MatrixRun):
 
     def __init__(self, problem: Problem, space: Space, route: str) -> None:
         self._problem, self._space = problem, space
-        self.graph_bytes = 0
+        self.graph_bytes, self.planned_bytes = 0, 0
         with FlopCounterMode(display=False) as forward:
             uses = [watch_uses(problem, 0, space)]
         self._forward_flops = forward.get_total_flops()
@@ -110,6 +110,7 @@ class BatchColumns(MatrixRun):
             "copies": max(plan.copies for plan in self._plans),
             "output_projection": self._form,
             "graph_bytes": self.graph_bytes,
+            "planned_bytes": self.planned_bytes,
             "forward_passes_a_product": self.pass_units,
         }
 
@@ -186,8 +187,12 @@ class BatchColumns(MatrixRun):
         graph = BlockGraph(
             self._problem, b, self._space, self._boxes, plan.through_positions, plan.copies, plan.sequences, loss
         )
-        self._form = loss.form if isinstance(loss, ProjectedCausalLMLoss) else "logits"
-        self.graph_bytes = max(self.graph_bytes, graph.bytes)
+        held, moment = graph.bytes, graph.bytes
+        if isinstance(loss, ProjectedCausalLMLoss):
+            self._form, held, moment = loss.form, held + loss.bytes, moment + loss.transient_bytes
+        self.graph_bytes = max(self.graph_bytes, held)
+        # What is kept, and what a pass through it or its making takes beyond that for a moment.
+        self.planned_bytes = max(self.planned_bytes, held + moment)
         self.units += self._share[b] * 3 * plan.copies
         return graph
 
