@@ -33,7 +33,10 @@ from hesscope.space import random as counter_based
 class BatchColumns(MatrixRun):
     """Columns of the Hessian of the risk, through weights or through positions, whichever needs fewer products."""
 
-    def __init__(self, problem: Problem, space: Space, route: str) -> None:
+    def __init__(
+        self, problem: Problem, space: Space, route: str, make_room: Callable[[], None] = lambda: None
+    ) -> None:
+        self._make_room = make_room  # called before a graph is built
         self._problem, self._space = problem, space
         self.graph_bytes, self.planned_bytes = 0, 0
         with FlopCounterMode(display=False) as forward:
@@ -181,6 +184,7 @@ class BatchColumns(MatrixRun):
         return self._built[1]
 
     def _build(self, b: int, plan: BatchPlan) -> BlockGraph:
+        self._make_room()
         loss: Loss | None = None
         if isinstance(self._problem.loss, CausalLMLoss) and not self._selects_output_projection():
             loss = ProjectedCausalLMLoss(self._problem.loss, plan.products, plan.copies)
