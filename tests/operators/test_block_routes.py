@@ -174,6 +174,6 @@ def test_the_graphs_of_the_probe_before_a_long_run_make_room_for_the_blocks_own(
     H = hs.hessian(problem, hs.select(problem, "transformer.h.0.mlp.c_fc.weight"))
     H @ torch.ones(H.shape[0], dtype=torch.float64)
     assert H.describe()["graphs_kept"] == 3
-    assert H.shape[0] < 100
+    assert H.shape[0] >= 100  # so that a probe comes first
     hs.block(H)
     assert H.describe()["graphs_kept"] == 0
