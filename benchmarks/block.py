@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_fresh_process, median, peak_bytes, reset_peak, seconds, write_record
+from measuring import RESULTS, in_fresh_process, median, peak_bytes, reset_peak, seconds, write_record
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,8 +74,9 @@ def mean_loss(model: nn.Module, tokens: Tensor, replaced: dict[str, Tensor]) -> 
 
 def run_theirs(case: Case, model: nn.Module, tokens: Tensor) -> dict[str, Any]:
     """`functional.hessian` in a vector of entries that is written into the weights."""
-    entries = {name: min(count, _THEIR_COLUMNS) for name, count in case.entries.items()}
     weights = {name: p.detach() for name, p in model.named_parameters()}
+    # In the model's order, which is that of hesscope's selections.
+    entries = {name: min(case.entries[name], _THEIR_COLUMNS) for name in weights if name in case.entries}
     start = torch.cat([weights[name].view(-1)[:count] for name, count in entries.items()])
 
     def loss(t: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def run_ours(case: Case, model: nn.Module, tokens: Tensor) -> dict[str, Any]:
         "asymmetry": block.asymmetry,
         "route": block.provenance["matrix"],
         "matrix": block.matrix[:_THEIR_COLUMNS, :_THEIR_COLUMNS].tolist(),
-        "plan": block.provenance["matrix"].get("graph_bytes", 0) + 3 * block.matrix.nbytes,
+        "plan": block.provenance["matrix"]["planned_bytes"] + 3 * block.matrix.nbytes,
     }
 
 
@@ -185,6 +186,9 @@ def main() -> None:
         given = ["--case", name, "--stories", arguments.stories, "--text", arguments.text]
         found = {side: in_fresh_process(__file__, "--side", side, *given) for side in SIDES}
         results[name] = {"figures": report(name, found), "sides": found}
+    earlier = RESULTS / "block.json"
+    if arguments.case and earlier.exists():  # other cases keep their figures
+        results = json.loads(earlier.read_text(encoding="utf-8"))["cases"] | results
     path = write_record("block", {"cases": results}, ["hesscope", "torch", "transformers"])
     print(f"written to {path.parent.name}/{path.name}")
 

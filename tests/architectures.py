@@ -167,6 +167,7 @@ STRUCTURES: dict[str, Callable[..., nn.Module]] = {
     "falcon": falcon,
     "jamba": jamba,
     "gpt-oss": gpt_oss,
+    "t5": t5,
     "bert": bert,
 }
 

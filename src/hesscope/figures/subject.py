@@ -60,8 +60,9 @@ def objective_of(result: Result) -> str:
 
 
 def operator_name(result: Result) -> str:
-    """The operator's name, as a title starts."""
-    return _NAMES.get(_kind(result), "Operator")
+    """The operator's name, as a title starts; of a Fisher matrix whether it is per token or per sequence."""
+    per = operator_of(result).get("per")
+    return _NAMES.get(_kind(result), "Operator") + (f" per {per}" if per else "")
 
 
 def entry_symbol(result: Result) -> str:

@@ -66,8 +66,8 @@ class CurvatureOfRisk(Operator):
         """For the Hessian batch by batch, on a graph of its own; an engine that is not exact is taken at its word."""
         if not isinstance(self.engine, ReverseOverReverse):
             return UnitVectors(self)
-        self.release()
-        self._columns.append(BatchColumns(self.problem, self.space, route))
+        # Graphs kept for products, those of a probe before the run included, make room for the block's own.
+        self._columns.append(BatchColumns(self.problem, self.space, route, self.release))
         return self._columns[-1]
 
     def release(self) -> None:
