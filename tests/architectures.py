@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers as T
 from torch import Tensor, nn
+
+import hesscope as hs
 
 VOCABULARY = 37
 CONTEXT = 16
@@ -217,3 +221,18 @@ def ragged_pairs() -> list[dict[str, Tensor]]:
     labels[0][2, 2:] = -100
     labels[1][0, 0] = -100
     return [{"input_ids": s, "attention_mask": m, "labels": y} for s, m, y in zip(sources, masks, labels, strict=True)]
+
+
+def some_of_everything(model: nn.Module) -> dict[str, Any]:
+    """A whole vector of the last layer, and two coordinates of every other parameter."""
+    g = torch.Generator().manual_seed(1)
+    picked: dict[str, Any] = {name: torch.randperm(p.numel(), generator=g)[:2] for name, p in model.named_parameters()}
+    whole = [name for name, p in model.named_parameters() if p.dim() == 1][-1]
+    return {**picked, whole: None}
+
+
+@contextmanager
+def unused_experts_allowed() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The loss does not depend on", hs.HesscopeWarning)
+        yield

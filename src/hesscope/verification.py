@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,19 +15,13 @@ from hesscope.algorithms.probing import difference, symmetry, tolerated
 from hesscope.data.batching import batches_of_sequences
 from hesscope.operators import Operator, hessian
 from hesscope.problem import Problem, select
+from hesscope.problem.precision import in_float64
 from hesscope.results import Verification
+from hesscope.results.verification import Check, columns_of
 from hesscope.space import Space
 
 #: A finite difference is no better than this in float32, where no float64 copy can be made.
 _DIFFERENCE_LIMIT = {"float64": 1e-3, "own": 1e-2}
-
-
-@dataclass(frozen=True)
-class _Check:
-    name: str
-    explanation: str
-    measured: float
-    limit: float
 
 
 def verify(problem: Problem, space: Space | None = None, engine: str = "auto", seed: int = 0) -> Verification:
@@ -55,23 +47,20 @@ def verify(problem: Problem, space: Space | None = None, engine: str = "auto", s
         units=sum(A.units for A in everyone),
         seconds=time.perf_counter() - began,
         provenance=provenance(H, {"engine": engine, "seed": seed}),
-        names=[c.name for c in checks],
-        explanations=[c.explanation for c in checks],
-        measured=torch.tensor([c.measured for c in checks], dtype=torch.float64),
-        limits=torch.tensor([c.limit for c in checks], dtype=torch.float64),
+        **columns_of(checks),
     )
 
 
-def _checks(problem: Problem, space: Space, H: Operator, engine: str, seed: int) -> tuple[list[_Check], list[Operator]]:
+def _checks(problem: Problem, space: Space, H: Operator, engine: str, seed: int) -> tuple[list[Check], list[Operator]]:
     u, v = (space.rademacher(seed, [f"verify/{i}"]) for i in range(2))
     Hu, Hv, again = H.matmat(u), H.matmat(v), H.matmat(u)
     both = H.matmat({name: u[name] + v[name] for name in u})
     summed = {name: Hu[name] + Hv[name] for name in Hu}
     limit = tolerated(H)
     checks = [
-        _Check("symmetry", "<u, Hv> = <v, Hu>", symmetry(H, u, v, Hu, Hv), limit),
-        _Check("repeatability", "the same product twice", difference(H, Hu, again), limit),
-        _Check("linearity", "H(u + v) = Hu + Hv", difference(H, summed, both), limit),
+        Check("symmetry", "<u, Hv> = <v, Hu>", symmetry(H, u, v, Hu, Hv), limit),
+        Check("repeatability", "the same product twice", difference(H, Hu, again), limit),
+        Check("linearity", "H(u + v) = Hu + Hv", difference(H, summed, both), limit),
     ]
     partners: list[Operator] = []
     other = rebatched(problem) if problem.dropout == "off" else None
@@ -79,14 +68,14 @@ def _checks(problem: Problem, space: Space, H: Operator, engine: str, seed: int)
         split = hessian(other, space, engine)
         partners.append(split)
         gap = difference(H, Hu, split.matmat(u))
-        checks.append(_Check("token weighting", "other batches of the same sequences", gap, limit))
+        checks.append(Check("token weighting", "other batches of the same sequences", gap, limit))
     reference, limit_of_difference = _finite_difference(problem, space)
     partners.append(reference)
     # The same random signs, in the reference's own dtype.
     expected = reference.matmat(reference.space.rademacher(seed, ["verify/0"]))
     gap = difference(H, expected, Hu)
     checks.append(
-        _Check("finite difference", "central differences of the gradient", gap, max(limit, limit_of_difference))
+        Check("finite difference", "central differences of the gradient", gap, max(limit, limit_of_difference))
     )
     return checks, partners
 
@@ -96,24 +85,9 @@ def _finite_difference(problem: Problem, space: Space) -> tuple[Operator, float]
 
     Dropout masks depend on the dtype they are drawn in, so that a frozen mask forbids the copy.
     """
-    if all(p.dtype == torch.float64 for p in problem.model.parameters()):
-        return hessian(problem, space, "finite-difference"), _DIFFERENCE_LIMIT["float64"]
-    if problem.dropout == "frozen":
-        return hessian(problem, space, "finite-difference"), _DIFFERENCE_LIMIT["own"]
-    twin = _rebuilt(problem, copy.deepcopy(problem.model).double(), tree_map(_widened, problem.batches))
-    wide = Space([replace(c, dtype=torch.float64) for c in space.coordinates])
-    return hessian(twin, wide, "finite-difference"), _DIFFERENCE_LIMIT["float64"]
-
-
-def _widened(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _rebuilt(problem: Problem, model: torch.nn.Module, batches: Any) -> Problem:
-    """The same problem with another model or other batches."""
-    return Problem(
-        model, problem.loss, batches, objective=problem.objective, dropout=problem.dropout, seed=problem.seed
-    )
+    twin, wide = in_float64(problem, space)
+    exact = all(p.dtype == torch.float64 for p in twin.model.parameters())
+    return hessian(twin, wide, "finite-difference"), _DIFFERENCE_LIMIT["float64" if exact else "own"]
 
 
 def rebatched(problem: Problem) -> Problem | None:
@@ -121,9 +95,9 @@ def rebatched(problem: Problem) -> Problem | None:
     batches = list(problem.batches)
     if any(_rows(b) > 1 for b in batches):
         split = [single for b in batches for single in _singles(b)]
-        return _rebuilt(problem, problem.model, split)
+        return problem.related(batches=split)
     pairs = _pairs(batches)
-    return _rebuilt(problem, problem.model, pairs) if pairs is not None else None
+    return problem.related(batches=pairs) if pairs is not None else None
 
 
 def _rows(batch: Any) -> int:

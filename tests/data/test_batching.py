@@ -11,7 +11,7 @@ from torch import Tensor
 import hesscope as hs
 from hesscope.data import batches_of_sequences, check_batches
 from hesscope.data.batching import require_context, with_labels
-from hesscope.losses import valid_targets
+from hesscope.losses import CausalLMLoss
 
 
 def sequence(*tokens: int) -> Tensor:
@@ -31,7 +31,7 @@ def test_shorter_sequences_are_padded_on_the_right_and_masked() -> None:
 def test_batches_keep_order_and_targets(batch_size: int) -> None:
     sequences = [torch.arange(1, n) for n in (4, 3, 7, 6, 3)]
     batches = batches_of_sequences(sequences, batch_size)
-    assert sum(valid_targets(b["labels"]) for b in batches) == sum(len(s) - 1 for s in sequences)
+    assert sum(CausalLMLoss().count(b) for b in batches) == sum(len(s) - 1 for s in sequences)
     rows = [row[row != -100].tolist() for b in batches for row in b["labels"]]
     assert rows == [s.tolist() for s in sequences]
     assert [len(b["input_ids"]) for b in batches][:-1] == [batch_size] * (len(batches) - 1)
@@ -55,7 +55,7 @@ def test_the_token_after_left_padding_has_nothing_before_it() -> None:
     }
     labels = with_labels(batch)["labels"]
     assert labels.tolist() == [[-100, -100, -100, 6], [7, 8, 9, 4]]
-    assert valid_targets(labels) == 1 + 3
+    assert CausalLMLoss().count({"labels": labels}) == 1 + 3
 
 
 def test_labels_do_not_alias_the_inputs() -> None:
@@ -65,7 +65,7 @@ def test_labels_do_not_alias_the_inputs() -> None:
 
 
 def test_the_first_label_of_a_sequence_never_counts() -> None:
-    assert valid_targets(torch.tensor([[3, -100, 4], [5, 6, 7]])) == 1 + 2
+    assert CausalLMLoss().count({"labels": torch.tensor([[3, -100, 4], [5, 6, 7]])}) == 1 + 2
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hesscope as hs
-from architectures import ARCHITECTURES, ragged_batches, tiny
+from architectures import ARCHITECTURES, ragged_batches, some_of_everything, tiny, unused_experts_allowed
 from oracles import causal_lm, causal_lm_products, keeping_double, relative
 
 EXACT = 1e-10
@@ -21,21 +16,6 @@ SINGLE = 1e-5
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 casting = pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if a.casts])
-
-
-def some_of_everything(model: nn.Module) -> dict[str, Any]:
-    """A whole vector of the last layer, and two coordinates of every other parameter."""
-    g = torch.Generator().manual_seed(1)
-    picked: dict[str, Any] = {name: torch.randperm(p.numel(), generator=g)[:2] for name, p in model.named_parameters()}
-    whole = [name for name, p in model.named_parameters() if p.dim() == 1][-1]
-    return {**picked, whole: None}
-
-
-@contextmanager
-def unused_experts_allowed() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The loss does not depend on", hs.HesscopeWarning)
-        yield
 
 
 def dense_error(model: nn.Module) -> float:

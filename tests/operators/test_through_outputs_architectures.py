@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hesscope as hs
-from architectures import ARCHITECTURES, ENCODER_DECODERS, ragged_batches, ragged_pairs, tiny
+from architectures import (
+    ARCHITECTURES,
+    ENCODER_DECODERS,
+    ragged_batches,
+    ragged_pairs,
+    some_of_everything,
+    tiny,
+    unused_experts_allowed,
+)
 from oracles import Linearized, keeping_double, linearized_lm, relative
 
 EXACT = 1e-10
@@ -43,21 +48,6 @@ def problem_of(name: str, model: nn.Module) -> hs.Problem:
     if name in ENCODER_DECODERS:
         return hs.seq2seq_lm(model, ragged_pairs())
     return hs.causal_lm(model, ragged_batches())
-
-
-def some_of_everything(model: nn.Module) -> dict[str, Any]:
-    """A whole vector of the last layer, and two coordinates of every other parameter."""
-    g = torch.Generator().manual_seed(1)
-    picked: dict[str, Any] = {name: torch.randperm(p.numel(), generator=g)[:2] for name, p in model.named_parameters()}
-    whole = [name for name, p in model.named_parameters() if p.dim() == 1][-1]
-    return {**picked, whole: None}
-
-
-@contextmanager
-def unused_experts_allowed() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The loss does not depend on", hs.HesscopeWarning)
-        yield
 
 
 def errors(name: str, model: nn.Module) -> dict[str, float]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 
 from hesscope.errors import HesscopeError
-from hesscope.operators.chunks import chunk_size
-
-__all__ = ["FEWEST_PROBES", "check_estimation", "chunk_size", "probes_allowed"]
 
 #: Sequential stopping before so many probes would trust a standard error that is itself noise.
 FEWEST_PROBES = 30

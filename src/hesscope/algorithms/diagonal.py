@@ -48,7 +48,7 @@ def diagonal(
 
     Every estimate is unbiased. With independent sign vectors z, z * (A z) is a sample whose variance in entry i is
     sum_{j != i} A_ij^2 (Hutchinson, 1990; Bekas, Kokiopoulou and Saad, 2007). The other estimators remove off-diagonal
-    entries first: docs/diagonals.md compares them.
+    entries first.
 
     Args:
         method: "exact" (n products); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
-from hesscope.algorithms.probing import rounding
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.memory import available_bytes
 from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
 from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
 
@@ -205,7 +204,7 @@ class _Search(Iteration):
         return True
 
     def _small(self, residuals: Tensor, values: Tensor, tol: float) -> Tensor:
-        return residuals <= (max(tol, rounding(self._H)) * values.abs()).clamp(min=self._floor())
+        return residuals <= (max(tol, self._H.space.rounding) * values.abs()).clamp(min=self._floor())
 
     def _floor(self) -> float:
         """What the rounding of the vectors, not of the parameters, leaves of any residual."""

@@ -37,17 +37,8 @@ def probe(H: Operator, seed: int = 0) -> dict[str, float]:
 
 
 def tolerated(H: Operator) -> float:
-    """The largest relative discrepancy of a product that may pass for rounding.
-
-    A thousand roundings, but never so few that a float64 model which casts to float32 inside (every RMSNorm does), or a
-    finite difference, would be refused, nor so many that nothing would be (for bfloat16 they exceed the products).
-    """
-    return min(max(1000 * rounding(H), 1e-3), 0.2)
-
-
-def rounding(H: Operator) -> float:
-    """The machine epsilon of the least precise parameter."""
-    return max(torch.finfo(c.dtype).eps for c in H.space.coordinates)
+    """The largest relative discrepancy of a product that may pass for rounding."""
+    return H.space.tolerance
 
 
 def symmetry(H: Operator, u: Vectors, v: Vectors, Hu: Vectors, Hv: Vectors) -> float:

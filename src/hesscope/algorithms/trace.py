@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed, probes_for
+from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, probes_allowed, probes_for
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.diagonals import Entries
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
 from hesscope.results import Trace
 
 

@@ -53,8 +53,7 @@ class BlockGraph:
         sequences: int = 1,
         loss: Loss | None = None,
     ) -> None:
-        self._space, self._copies = space, copies
-        self._sequences = sequences if through_positions else 1
+        self._space, self._copies, self._sequences = space, copies, sequences
         values = parameter_values(problem, space)
         self._linear = {
             name: Perturbation(box, copies * self._sequences, values[name], name in through_positions)
@@ -68,7 +67,6 @@ class BlockGraph:
             self._gradients = self._differentiate(total)
         require_second_derivative(list(self._gradients.values()))
         self.bytes = meter.bytes
-        self.total = float(total.detach()) / copies
 
     def _differentiate(self, total: Tensor) -> dict[str, Tensor | None]:
         """First derivatives by leaf; None where this batch's loss does not depend on it."""
@@ -137,15 +135,14 @@ class BlockGraph:
             found: Any = torch.autograd.grad(
                 gradient, list(leaves.values()), seed, retain_graph=True, allow_unused=True
             )
-        parts, start = dict(zip(leaves, found, strict=True)), 0
+        parts = dict(zip(leaves, found, strict=True))
         for c in self._space.coordinates:
-            part = parts[c.name]
+            part, own = parts[c.name], self._space.slices[c.name]
             if part is not None and c.name in self._whole:
-                result[0, 0, start : start + c.size] = c.gather(part).reshape(-1)
+                result[0, 0, own] = c.gather(part).reshape(-1)
             elif part is not None:
                 box = self._linear[c.name].box
-                result[..., start : start + c.size] = part.reshape(*shape, -1).index_select(-1, box.place)
-            start += c.size
+                result[..., own] = part.reshape(*shape, -1).index_select(-1, box.place)
         return result
 
 

@@ -1,6 +1,6 @@
 """Losses: what is summed over a batch, and how many terms that sum has."""
 
-from hesscope.losses.causal_lm import CausalLMLoss, valid_targets
+from hesscope.losses.causal_lm import CausalLMLoss
 from hesscope.losses.derivatives import output_hessian_product, residual
 from hesscope.losses.last_token import LastTokenCrossEntropyLoss
 from hesscope.losses.mean import MeanLoss
@@ -25,5 +25,4 @@ __all__ = [
     "SquaredErrorLoss",
     "output_hessian_product",
     "residual",
-    "valid_targets",
 ]

@@ -30,8 +30,3 @@ class CausalLMLoss(TokenLoss):
 def next_tokens(labels: Tensor) -> Tensor:
     """The target of every position, [B, T]: the label after it; -100, which does not count, at the last one."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def valid_targets(labels: Tensor) -> int:
-    """How many labels count: those other than -100 that have a token before them."""
-    return int((labels[:, 1:] != IGNORED).sum())

@@ -58,7 +58,7 @@ class ProjectedCausalLMLoss:
             logits = self._base.outputs(model, batch)
         if watch.outputs is not logits or watch.inputs is None or logits.dtype not in (torch.float32, torch.float64):
             return self._base.total_of_outputs(logits, batch)
-        targets_N = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+        targets_N = self._base.targets(batch).flatten()
         valid_KT = (targets_N != IGNORED).nonzero()[:, 0]
         valid_T = valid_KT[: len(valid_KT) // self._copies]
         head = Head(weight.detach(), logits.detach().flatten(0, 1)[valid_T], targets_N[valid_T], self._products)
@@ -76,11 +76,11 @@ class Head:
         self._W_Vd, self._p_TV = W_Vd, torch.softmax(logits_TV, -1)
         chosen_T = logits_TV.gather(1, y_T[:, None])[:, 0]
         self.total = (torch.logsumexp(logits_TV, -1) - chosen_T).sum()
-        self._mean_Td = self._p_TV @ W_Vd
-        self.gradient_Td = self._mean_Td - W_Vd[y_T]
+        mean_Td = self._p_TV @ W_Vd
+        self.gradient_Td = mean_Td - W_Vd[y_T]
         V, d = W_Vd.shape
         pays = contraction_pays(len(y_T), V, d, products, W_Vd.itemsize)
-        self._C_Tdd = self._contract() if pays else None
+        self._C_Tdd = self._contract(mean_Td) if pays else None
         if self._C_Tdd is not None:
             del self._p_TV
 
@@ -88,7 +88,7 @@ class Head:
     def bytes(self) -> int:
         """What is kept for products, beyond the weight."""
         held = self._p_TV if self._C_Tdd is None else self._C_Tdd
-        return held.nbytes + self._mean_Td.nbytes + self.gradient_Td.nbytes
+        return held.nbytes + self.gradient_Td.nbytes
 
     @property
     def contracted(self) -> bool:
@@ -115,11 +115,11 @@ class Head:
             torch.mm(q_TV, self._W_Vd, out=result[rows])
         return result
 
-    def _contract(self) -> Tensor:
+    def _contract(self, mean_Td: Tensor) -> Tensor:
         V, d = self._W_Vd.shape
         C_Tdd = self._W_Vd.new_empty(len(self._p_TV), d, d)
         for rows in _chunks(len(C_Tdd), V * d * C_Tdd.itemsize):
-            A_TVd = self._W_Vd - self._mean_Td[rows, None, :]
+            A_TVd = self._W_Vd - mean_Td[rows, None, :]
             A_TVd *= self._p_TV[rows, :, None].sqrt()
             torch.bmm(A_TVd.mT, A_TVd, out=C_Tdd[rows])
         return C_Tdd

@@ -16,15 +16,33 @@ from hesscope.losses.cross_entropy import (
 from hesscope.losses.sampling import sample_classes
 
 
-class TokenLoss(ABC):
-    """The sum over valid targets of -log softmax(logits[t])[targets[t]], in nats.
-
-    A batch is a dictionary of `labels` and whatever the model's forward takes. Targets of -100 do not count.
-    Half-precision logits are raised to float32 first.
-    """
+class LogitsLoss(ABC):
+    """A loss of a language model's logits. A batch is a dictionary of `labels` and whatever the model's forward takes."""
 
     #: In the logits.
     convex = True
+
+    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The logits, [B, T, vocabulary]."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        output = model(**inputs, use_cache=False) if hasattr(model, "config") else model(**inputs)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits
+
+    @abstractmethod
+    def total_of_outputs(self, outputs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Sum and count from the logits."""
+
+    def total(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Sum and count of one batch."""
+        return self.total_of_outputs(self.outputs(model, batch), batch)
+
+
+class TokenLoss(LogitsLoss):
+    """The sum over valid targets of -log softmax(logits[t])[targets[t]], in nats.
+
+    Targets of -100 do not count. Half-precision logits are raised to float32 first.
+    """
 
     @abstractmethod
     def targets(self, batch: dict[str, Any]) -> Tensor:
@@ -34,21 +52,9 @@ class TokenLoss(ABC):
     def with_targets(self, batch: dict[str, Any], targets: Tensor) -> dict[str, Any]:
         """The batch with other targets; what the model reads stays."""
 
-    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The logits, [B, T, vocabulary]."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        output = model(**inputs, use_cache=False) if hasattr(model, "config") else model(**inputs)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
-
     def total_of_outputs(self, outputs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Sum and count from the logits."""
         targets = self.targets(batch)
         return summed_cross_entropy(raised(outputs).flatten(0, 1), targets.flatten()), self.count(batch)
-
-    def total(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Sum and count of one batch."""
-        return self.total_of_outputs(self.outputs(model, batch), batch)
 
     def count(self, batch: dict[str, Any]) -> int:
         """The number of valid targets, without running the model."""

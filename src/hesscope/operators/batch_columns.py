@@ -47,7 +47,6 @@ class BatchColumns(MatrixRun):
         self._uses, self._route = uses, route
         self._share = [count / problem.N for count in problem.counts]
         self._divide([self._copies] * len(problem.batches))
-        self._starts = dict(zip(space.names, accumulate((c.size for c in space.coordinates), initial=0), strict=False))
         self._by_name = {c.name: c for c in space.coordinates}
         self._built: tuple[int, BlockGraph] | None = None
         self._unused: dict[int, set[str]] = {}
@@ -63,7 +62,7 @@ class BatchColumns(MatrixRun):
             plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most)
             for b, most in enumerate(most_copies)
         ]
-        self._ends = list(accumulate(len(plan.tasks) for plan in self._plans))
+        self._ends = list(accumulate(plan.tasks for plan in self._plans))
         self.tasks = self._ends[-1]
         self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
 
@@ -86,16 +85,15 @@ class BatchColumns(MatrixRun):
     def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
         b = bisect_right(self._ends, task)
         plan, graph = self._plans[b], self._graph(b)
-        local = task - (self._ends[b - 1] if b else 0)
-        work, share = plan.tasks[local], self._share[b]
+        work, share = plan.task(task - (self._ends[b - 1] if b else 0)), self._share[b]
         counter = FlopCounterMode(display=False) if work.name not in self.pass_units else None
         with counter or torch.no_grad():
             rows_j, rows_kn = self._rows(plan, graph, work)
         if counter is not None:
             self.pass_units[work.name] = self._units(counter, work, b)
         self._add(plan, work.name, rows_j, rows_kn, into_nn, weight / self._problem.N)
-        if b == 0 and work.positions is not None:
-            self._hold_against_weights(plan, graph, local, rows_kn, rows_j)
+        if b == 0 and work.unit == 0 and work.name == next(iter(plan.through_positions)):
+            self._hold_against_weights(plan, graph, work, rows_kn, rows_j)
         self.units += share * work.products * self.pass_units[work.name]
         if task == self._ends[b] - 1:
             self._unused[b] = set(graph.unused)
@@ -105,8 +103,8 @@ class BatchColumns(MatrixRun):
 
     def describe(self) -> dict[str, Any]:
         routes = [
-            "positions" if plan.through_positions and plan.through_positions >= set(plan.boxes) else
-            "both" if plan.through_positions else "weights" for plan in self._plans
+            "weights" if not plan.through_positions else
+            "positions" if len(plan.through_positions) == len(plan.parts) else "both" for plan in self._plans
         ]  # fmt: skip
         return {
             "route": routes[0] if len(set(routes)) == 1 else "both",
@@ -121,16 +119,16 @@ class BatchColumns(MatrixRun):
 
     def _rows(self, plan: BatchPlan, graph: BlockGraph, work: Task) -> tuple[Tensor, Tensor]:
         """Places j in the selection, and what this task adds to the rows A[j, :]."""
-        c, start = self._by_name[work.name], self._starts[work.name]
-        if work.positions is None:
-            assert work.which is not None
-            return (start + work.which).to(self._space.device), graph.columns(c, work.which)
+        c, start = self._by_name[work.name], self._space.slices[work.name].start
+        places = torch.tensor(work.places)
+        if work.unit is None:
+            return (start + places).to(self._space.device), graph.columns(c, places)
         box, X_STc = self._boxes[work.name], graph.inputs(work.name)
         mine = (box.unit_at == work.unit).nonzero()[:, 0]
         if X_STc is None:
             return start + mine, torch.zeros(len(mine), self._space.size, dtype=self._space.dtype, device=mine.device)
-        M_QSn = torch.cat([graph.responses(work.name, work.unit, q) for q in torch.split(work.positions, plan.copies)])
-        X_SQj = X_STc[:, work.positions.to(X_STc.device)][..., box.input_at[mine]].to(M_QSn.dtype)
+        M_QSn = torch.cat([graph.responses(work.name, work.unit, q) for q in torch.split(places, plan.copies)])
+        X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(M_QSn.dtype)
         return start + mine, X_SQj.permute(2, 1, 0).flatten(1) @ M_QSn.flatten(0, 1)
 
     def _add(self, plan: BatchPlan, name: str, j: Tensor, rows_kn: Tensor, into_nn: Tensor, weight: float) -> None:
@@ -139,40 +137,33 @@ class BatchColumns(MatrixRun):
         Rows through positions lack what earlier layers do to this layer's input; those entries come from the earlier
         layers' own rows, by symmetry.
         """
-        for c in self._space.coordinates:
-            part = slice(self._starts[c.name], self._starts[c.name] + c.size)
-            if self._is_whole(plan, name, c.name):
+        for other, part in self._space.slices.items():
+            if self._is_whole(plan, name, other):
                 into_nn[j, part] += weight * rows_kn[:, part]
-            if c.name != name and not self._is_whole(plan, c.name, name):
+            if other != name and not self._is_whole(plan, other, name):
                 into_nn[part, j] += weight * rows_kn[:, part].T
 
     def _is_whole(self, plan: BatchPlan, name: str, other: str) -> bool:
         """Whether the rows of one parameter are right in the columns of another."""
         return name not in plan.through_positions or plan.order[other] >= plan.order[name]
 
-    def _hold_against_weights(self, plan: BatchPlan, graph: BlockGraph, local: int, rows_kn: Tensor, j: Tensor) -> None:
-        """Hold the first unit through positions against one product through weights."""
-        work, last = plan.tasks[local], local + 1 == len(plan.tasks)
-        first = next(i for i, task in enumerate(plan.tasks) if task.positions is not None)
-        if plan.tasks[first].name != work.name or work.unit != 0:
-            return
-        if local == first:
+    def _hold_against_weights(self, plan: BatchPlan, graph: BlockGraph, work: Task, rows_kn: Tensor, j: Tensor) -> None:
+        """Sum up the first unit through positions; once it is whole, hold it against one product through weights."""
+        if work.places.start == 0:
             self._check = torch.zeros_like(rows_kn)
         if self._check is None:
             return
         self._check += rows_kn
-        if not last and plan.tasks[local + 1].name == work.name and plan.tasks[local + 1].unit == 0:
+        if work.places.stop < plan.through_positions[work.name].length:
             return
-        box = self._boxes[work.name]
+        box, start = self._boxes[work.name], self._space.slices[work.name].start
         signs_j = counter_based.signs(counter_based.stream_key(0, "route"), torch.arange(len(j))).to(self._check)
         v_b = torch.zeros(box.shape[0] * box.shape[1], dtype=self._check.dtype, device=self._check.device)
-        v_b[box.place[j - self._starts[work.name]]] = signs_j
-        seen = [c.size for c in self._space.coordinates], [c.name for c in self._space.coordinates]
-        whole_n = torch.cat(
-            [torch.full((size,), self._is_whole(plan, work.name, name)) for size, name in zip(*seen, strict=True)]
-        )
-        _require_same(work.name, (signs_j @ self._check)[whole_n], graph.product(work.name, v_b.view(box.shape))[whole_n],
-                      self._space.coordinates)  # fmt: skip
+        v_b[box.place[j - start]] = signs_j
+        coordinates = self._space.coordinates
+        right_n = torch.cat([torch.full((c.size,), self._is_whole(plan, work.name, c.name)) for c in coordinates])
+        found_n, expected_n = signs_j @ self._check, graph.product(work.name, v_b.view(box.shape))
+        _require_same(work.name, found_n[right_n], expected_n[right_n], self._space.tolerance)
         self._check = None
 
     # ---- one batch
@@ -189,7 +180,14 @@ class BatchColumns(MatrixRun):
         if isinstance(self._problem.loss, CausalLMLoss) and not self._selects_output_projection():
             loss = ProjectedCausalLMLoss(self._problem.loss, plan.products, plan.copies)
         graph = BlockGraph(
-            self._problem, b, self._space, self._boxes, plan.through_positions, plan.copies, plan.sequences, loss
+            self._problem,
+            b,
+            self._space,
+            self._boxes,
+            frozenset(plan.through_positions),
+            plan.copies,
+            plan.sequences,
+            loss,
         )
         held, moment = graph.bytes, graph.bytes
         if isinstance(loss, ProjectedCausalLMLoss):
@@ -220,10 +218,9 @@ class BatchColumns(MatrixRun):
         return found / work.products / forward if found and forward else 2.0
 
 
-def _require_same(name: str, found_n: Tensor, expected_n: Tensor, coordinates: Any) -> None:
-    eps = max(torch.finfo(c.dtype).eps for c in coordinates)
+def _require_same(name: str, found_n: Tensor, expected_n: Tensor, tolerance: float) -> None:
     gap, scale = float((found_n - expected_n).norm()), float(expected_n.norm())
-    if not gap <= min(max(1000 * eps, 1e-3), 0.2) * scale:
+    if not gap <= tolerance * scale:
         raise HesscopeError(
             f"Through positions and through weights the columns of {name} differ by {gap / max(scale, 1e-300):.1e} of their "
             "norm: this model mixes sequences of a batch; pass route='weights'."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,33 +26,74 @@ _PASSES = 8
 
 @dataclass(frozen=True)
 class Task:
-    """Some columns of one parameter: its selected coordinates `which`, or one unit of its box at `positions`."""
+    """Some columns of one parameter: its selected coordinates `places`, or one unit of its box at positions `places`."""
 
     name: str
-    which: Tensor | None = None
-    unit: int = 0
-    positions: Tensor | None = None
+    places: range
+    unit: int | None = None
 
     @property
     def products(self) -> int:
-        found = self.which if self.positions is None else self.positions
-        return 0 if found is None else len(found)
+        return len(self.places)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter's columns: `units` times places 0..length-1, in tasks of at most `chunk`; one unit through weights."""
+
+    name: str
+    length: int
+    chunk: int
+    units: int = 1
+    by_position: bool = False
+
+    @property
+    def tasks(self) -> int:
+        return self.units * -(-self.length // self.chunk)
+
+    @property
+    def products(self) -> int:
+        return self.units * self.length
+
+    def task(self, number: int) -> Task:
+        unit, chunk = divmod(number, self.tasks // self.units)
+        start = chunk * self.chunk
+        places = range(start, min(start + self.chunk, self.length))
+        return Task(self.name, places, unit if self.by_position else None)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One batch's tasks. `order` says which layer is called when; it is empty unless some weights go through positions."""
+    """One batch's work, a part a parameter. `order` says which layer is called when; empty where none goes through positions.
 
-    tasks: list[Task]
-    boxes: dict[str, Box]
-    through_positions: frozenset[str]
+    Tasks are counted and made when their turn comes: there may be one a column and batch.
+    """
+
+    parts: list[Part]
     order: dict[str, int]
     copies: int
     sequences: int
 
+    @cached_property
+    def through_positions(self) -> dict[str, Part]:
+        return {part.name: part for part in self.parts if part.by_position}
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(part.tasks for part in self.parts))
+
     @property
+    def tasks(self) -> int:
+        return self._ends[-1]
+
+    @cached_property
     def products(self) -> int:
-        return sum(task.products for task in self.tasks)
+        return sum(part.products for part in self.parts)
+
+    def task(self, number: int) -> Task:
+        """One of `tasks`."""
+        at = bisect_right(self._ends, number)
+        return self.parts[at].task(number - (self._ends[at - 1] if at else 0))
 
 
 def watch_uses(problem: Problem, b: int, space: Space) -> dict[str, list[Use] | None]:
@@ -97,20 +141,14 @@ def plan_batch(
     S, T = tokens or (1, 0)
     copies = most_copies(_wanted_copies(problem, S * T, space.size)) if every and tokens else 1
     through = frozenset(short) if route != "weights" else frozenset()
-    tasks = []
-    for c in space.coordinates:
-        tasks += _through_positions(c, boxes[c.name], T, copies) if c.name in through else _through_weights(c, copies)
+    parts = [
+        Part(c.name, T, _PASSES * copies, boxes[c.name].shape[0], by_position=True)
+        if c.name in through
+        else Part(c.name, c.size, copies)
+        for c in space.coordinates
+    ]
     order = {name: (uses[name] or [Use(0, 0, 0)])[0].order for name in boxes} if through else {}
-    return BatchPlan(tasks, boxes, through, order, copies, S if through else 1)
-
-
-def _through_weights(c: Coordinates, copies: int) -> list[Task]:
-    return [Task(c.name, which) for which in torch.split(torch.arange(c.size), copies)]
-
-
-def _through_positions(c: Coordinates, box: Box, length: int, copies: int) -> list[Task]:
-    chunks = torch.split(torch.arange(length), _PASSES * copies)
-    return [Task(c.name, unit=unit, positions=q) for unit in range(box.shape[0]) for q in chunks]
+    return BatchPlan(parts, order, copies, S if through else 1)
 
 
 def _shorter(c: Coordinates, box: Box, tokens: tuple[int, int], route: str) -> bool:

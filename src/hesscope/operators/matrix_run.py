@@ -43,6 +43,16 @@ class MatrixRun(ABC):
         """How the matrix is found, for the record of a result, as JSON."""
 
 
+class _Stateless(MatrixRun):
+    """Work that needs nothing but the matrix so far to be continued."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        return
+
+
 @runtime_checkable
 class KnowsItsMatrix(Protocol):
     """An operator with a better way to its matrix than products with unit vectors."""
@@ -62,7 +72,7 @@ def matrix_run(A: Operator, route: str = "auto") -> MatrixRun:
     return A.matrix_run(route) if isinstance(A, KnowsItsMatrix) else UnitVectors(A)
 
 
-class UnitVectors(MatrixRun):
+class UnitVectors(_Stateless):
     """Products with the unit vectors, a chunk at a time: for any operator."""
 
     def __init__(self, A: Operator) -> None:
@@ -77,17 +87,11 @@ class UnitVectors(MatrixRun):
         into_nn[start:stop].add_(columns_nk.T, alpha=weight)
         return float(stop - start)
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        return
-
     def describe(self) -> dict[str, Any]:
         return {"route": "products with unit vectors"}
 
 
-class OuterProduct(MatrixRun):
+class OuterProduct(_Stateless):
     """weight * g g^T; costs no product."""
 
     tasks, products = 1, 0.0
@@ -99,17 +103,11 @@ class OuterProduct(MatrixRun):
         into_nn.addr_(self._g_n, self._g_n, alpha=weight * self._weight)
         return 0.0
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        return
-
     def describe(self) -> dict[str, Any]:
         return {"route": "outer product"}
 
 
-class UnitDiagonal(MatrixRun):
+class UnitDiagonal(_Stateless):
     """I; costs no product."""
 
     tasks, products = 1, 0.0
@@ -117,12 +115,6 @@ class UnitDiagonal(MatrixRun):
     def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
         into_nn.diagonal().add_(weight)
         return 0.0
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        return
 
     def describe(self) -> dict[str, Any]:
         return {"route": "identity"}

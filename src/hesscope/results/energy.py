@@ -31,3 +31,25 @@ def times_chance(energy: Tensor, entries: Tensor) -> Tensor:
     """Share by chance level: the mean square of the class's entries over that of all; NaN for a class without entries."""
     chance = shares(entries)
     return torch.where(entries > 0, shares(energy) / chance, torch.full_like(chance, float("nan")))
+
+
+class ByClass:
+    """What follows from energy and number of entries of each class in `CLASSES`, [..., 5]."""
+
+    energy: Tensor
+    entries: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """Each class's share of the energy, [..., 5]; they sum to one (zero for a zero matrix)."""
+        return shares(self.energy)
+
+    @property
+    def chance(self) -> Tensor:
+        """The share each class would have with energy spread evenly over entries: its entries / n^2, [..., 5]."""
+        return shares(self.entries)
+
+    @property
+    def times_chance(self) -> Tensor:
+        """Share by chance level, [..., 5]; NaN for a class that has no entries."""
+        return times_chance(self.energy, self.entries)

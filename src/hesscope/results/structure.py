@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hesscope.results.base import Result
-from hesscope.results.energy import EXPLAINED, shares, times_chance
+from hesscope.results.energy import EXPLAINED, ByClass
 from hesscope.results.spectral_numbers import SpectralNumbers, spectral_numbers
 
 
 @dataclass(frozen=True, eq=False)
-class Structure(Result):
+class Structure(ByClass, Result):
     """Energy (sum of squared entries) [5] and number of entries [5] of each class in `CLASSES`, and all n eigenvalues.
 
     Classes are disjoint: the diagonal; the same row (the weights of one output unit); the same layer, another row; the
@@ -42,21 +42,6 @@ class Structure(Result):
     def size(self) -> int:
         """The number of coordinates, n."""
         return len(self.eigenvalues)
-
-    @property
-    def shares(self) -> Tensor:
-        """Each class's share of the energy, [5]; they sum to one (zero for a zero matrix)."""
-        return shares(self.energy)
-
-    @property
-    def chance(self) -> Tensor:
-        """The share each class would have with energy spread evenly over entries: its entries / n^2, [5]."""
-        return shares(self.entries)
-
-    @property
-    def times_chance(self) -> Tensor:
-        """Share by chance level, [5]; NaN for a class that has no entries."""
-        return times_chance(self.energy, self.entries)
 
     @property
     def layer_norms(self) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from hesscope.results.base import Result
-from hesscope.results.energy import CLASSES, shares, times_chance
+from hesscope.results.energy import CLASSES, ByClass
 from hesscope.results.spectral_numbers import SpectralNumbers, spectral_numbers
 from hesscope.results.structure import percent
 
 
 @dataclass(frozen=True, eq=False)
-class StructureComparison(Result):
+class StructureComparison(ByClass, Result):
     """For every case, by name: energy and entries of each class, [C, 5], all eigenvalues, and their unit.
 
     `provenance["cases"]` holds each case's own.
@@ -30,21 +30,6 @@ class StructureComparison(Result):
     eigenvalues: dict[str, Tensor]
     rounding: list[float]
     units_of_curvature: list[str]
-
-    @property
-    def shares(self) -> Tensor:
-        """Each class's share of its case's energy, [C, 5]."""
-        return shares(self.energy)
-
-    @property
-    def chance(self) -> Tensor:
-        """The share each class would have with energy spread evenly over entries, [C, 5]."""
-        return shares(self.entries)
-
-    @property
-    def times_chance(self) -> Tensor:
-        """Share by chance level, [C, 5]; NaN for a class that has no entries."""
-        return times_chance(self.energy, self.entries)
 
     @cached_property
     def spectra(self) -> dict[str, SpectralNumbers]:

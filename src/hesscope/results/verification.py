@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesscope.results.base import Result
+
+
+@dataclass(frozen=True)
+class Check:
+    """One discrepancy that was measured, and the limit it is held to; both relative."""
+
+    name: str
+    explanation: str
+    measured: float
+    limit: float
+
+
+def columns_of(checks: Sequence[Check]) -> dict[str, Any]:
+    """The checks as the fields of a `Verification`."""
+    return {
+        "names": [c.name for c in checks],
+        "explanations": [c.explanation for c in checks],
+        "measured": torch.tensor([c.measured for c in checks], dtype=torch.float64),
+        "limits": torch.tensor([c.limit for c in checks], dtype=torch.float64),
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,6 +44,26 @@ class Space:
         for c in self.coordinates:
             result = torch.promote_types(result, c.dtype)
         return result
+
+    @cached_property
+    def rounding(self) -> float:
+        """The machine epsilon of the least precise parameter."""
+        return max(torch.finfo(c.dtype).eps for c in self.coordinates)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """The largest relative discrepancy of a product that may pass for rounding.
+
+        A thousand roundings, but never so few that a float64 model which casts to float32 inside (every RMSNorm does), or
+        a finite difference, would be refused, nor so many that nothing would be (for bfloat16 they exceed the products).
+        """
+        return min(max(1000 * self.rounding, 1e-3), 0.2)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter's coordinates are in a flat vector."""
+        ends = accumulate(c.size for c in self.coordinates)
+        return {c.name: slice(end - c.size, end) for c, end in zip(self.coordinates, ends, strict=True)}
 
     @property
     def device(self) -> torch.device:
@@ -152,13 +173,12 @@ class Space:
 
     def basis(self, start: int, stop: int) -> Vectors:
         """The unit vectors e_start .. e_(stop-1) of the selection's order."""
-        result, offset = self.zeros(stop - start), 0
-        for c in self.coordinates:
-            first, last = max(start, offset), min(stop, offset + c.size)
+        result = self.zeros(stop - start)
+        for name, own in self.slices.items():
+            first, last = max(start, own.start), min(stop, own.stop)
             if first < last:
                 k = torch.arange(first - start, last - start)
-                result[c.name].view(stop - start, -1)[k, torch.arange(first - offset, last - offset)] = 1.0
-            offset += c.size
+                result[name].view(stop - start, -1)[k, torch.arange(first - own.start, last - own.start)] = 1.0
         return result
 
     # ---- random probes

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from hesscope.algorithms import block as compute_block
 from hesscope.algorithms.driver import provenance
@@ -18,7 +15,9 @@ from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.figures.subject import operator_of
 from hesscope.operators import hessian
 from hesscope.problem import Problem, select
+from hesscope.problem.precision import in_float64
 from hesscope.results import Block, Verification
+from hesscope.results.verification import Check, columns_of
 from hesscope.space import Space
 from hesscope.studies.differences import Differences, Measured
 
@@ -101,34 +100,11 @@ def cross_check(
         units=spent[1] + differences.units,
         seconds=time.perf_counter() - began,
         provenance=provenance(H, options) | {"problem": problem.describe(), "probe": None},
-        names=[c.name for c in checks],
-        explanations=[c.explanation for c in checks],
-        measured=torch.tensor([c.measured for c in checks], dtype=torch.float64),
-        limits=torch.tensor([c.limit for c in checks], dtype=torch.float64),
+        **columns_of(checks),
     )
 
 
-def in_float64(problem: Problem, space: Space) -> tuple[Problem, Space]:
-    """A float64 copy of the problem and the space over it; itself where it is float64, or where a frozen mask forbids it.
-
-    Dropout masks depend on the dtype that they are drawn in.
-    """
-    if problem.dropout == "frozen" or all(p.dtype == torch.float64 for p in problem.model.parameters()):
-        return problem, space
-    batches = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, problem.batches)
-    twin = problem.related(model=copy.deepcopy(problem.model).double(), batches=batches)
-    return twin, Space([replace(c, dtype=torch.float64) for c in space.coordinates])
-
-
-@dataclass(frozen=True)
-class _Check:
-    name: str
-    explanation: str
-    measured: float
-    limit: float
-
-
-def _check(name: str, what: str, found: list[tuple[str, Tensor, Measured]], rounding: float) -> _Check:
+def _check(name: str, what: str, found: list[tuple[str, Tensor, Measured]], rounding: float) -> Check:
     """The worst of several comparisons, by discrepancy over limit."""
     scale = max(float(exact.norm()) for _, exact, _ in found) or 1.0
 
@@ -137,10 +113,10 @@ def _check(name: str, what: str, found: list[tuple[str, Tensor, Measured]], roun
         return gap / limit if limit > 0 else (0.0 if gap == 0 else float("inf")), gap / scale, limit / scale, label
 
     _, measured, limit, label = max(outcome(*one) for one in found)
-    return _Check(name, f"{what}; the worst at {label}", measured, limit)
+    return Check(name, f"{what}; the worst at {label}", measured, limit)
 
 
-def _warn_of_weak(checks: list[_Check]) -> None:
+def _warn_of_weak(checks: list[Check]) -> None:
     for check in checks:
         if check.limit > 0.5:
             warnings.warn(

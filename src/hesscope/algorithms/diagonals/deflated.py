@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits, plus
 from hesscope.algorithms.diagonals.hutchinson import add_samples, mean_state, restored_mean
 from hesscope.algorithms.diagonals.subspace import Subspace
 from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
 from hesscope.results.statistics import RunningMean
 from hesscope.space import vectors
 

@@ -14,7 +14,7 @@ from hesscope.algorithms.budget import FEWEST_PROBES
 from hesscope.algorithms.driver import Iteration
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
-from hesscope.space import Vectors
+from hesscope.space import Vectors, vectors
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Estimator(Iteration):
         """A V, counted and known to be finite."""
         AV = self._H.matmat(V)
         require_finite(self._H, AV)
-        self.spent += next(iter(V.values())).shape[0]
+        self.spent += vectors.count(V)
         return AV
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.driver import Iteration
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
 
 
 class Entries(Iteration):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits
 from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
 from hesscope.results.statistics import RunningMean
 from hesscope.space import Vectors, vectors
 

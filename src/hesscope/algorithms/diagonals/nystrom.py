@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.budget import chunk_size
 from hesscope.algorithms.diagonals.deflated import BLOCK
 from hesscope.algorithms.diagonals.estimate import Estimate, Limits, plus
 from hesscope.algorithms.diagonals.scheduled import Scheduled, within_memory
 from hesscope.algorithms.diagonals.subspace import Subspace
 from hesscope.operators import Operator
+from hesscope.operators.chunks import chunk_size
 from hesscope.space import Space, Vectors, vectors
 
 #: The share of the products that goes to the Krylov space. Between 0.2 and 0.5 it hardly matters.
