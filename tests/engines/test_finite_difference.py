@@ -118,6 +118,8 @@ def test_autograd_does_not_answer_where_it_has_no_second_derivative() -> None:
 def test_an_unknown_engine() -> None:
     problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
     with pytest.raises(
-        hs.HesscopeError, match="Expected engine to be auto, reverse-over-reverse or finite-difference, got 'x'"
+        hs.HesscopeError,
+        match="Expected engine to be auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward or "
+        "finite-difference, got 'x'",
     ):
         hs.hessian(problem, engine="x")

@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 IGNORED = -100
 
 
 def summed_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """The sum over rows of -log softmax(logits)[target], in nats; targets of -100 do not count. Twice differentiable."""
+    if has_torch_function((logits_TV,)):
+        # Torch's function modes see this as one operation, as they see its own; forward mode replaces it.
+        result: Tensor = handle_torch_function(summed_cross_entropy, (logits_TV,), logits_TV, targets_T)
+        return result
     total: Tensor = _Sum.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
     return total
 

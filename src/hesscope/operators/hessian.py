@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hesscope.engines import Engine, make_engine
+from hesscope.engines import Auto, Engine, make_engine
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import HesscopeError
 from hesscope.models import named_parameters, state_key
@@ -15,56 +15,77 @@ from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
 from hesscope.problem import Problem, select
+from hesscope.problem.microbatches import microbatched
 from hesscope.space import Space, Vectors, vectors
 
 
 class HessianOfRisk(Operator):
-    """H = (1/N) sum over batches of the Hessian of the batch's summed loss: the data loop and its one division."""
+    """H = (1/N) sum over batches of the Hessian of the batch's summed loss: the data loop and its one division.
 
-    def __init__(self, problem: Problem, space: Space, engine: Engine, graph_memory: int | None) -> None:
+    With `microbatch` the loop goes over smaller batches of the same sequences.
+    """
+
+    def __init__(
+        self, problem: Problem, space: Space, engine: Engine, graph_memory: int | None, microbatch: int | None = None
+    ) -> None:
         super().__init__(space)
         self.problem = problem
         self.engine = engine
-        self._graphs = KeptLinearizations(problem, space, engine, graph_memory)
+        self._microbatch = microbatch
+        self._parts = problem if microbatch is None else microbatched(problem, microbatch)
+        self._graphs = KeptLinearizations(self._parts, space, engine, graph_memory)
         self._units = 0.0
         self._columns: list[BatchColumns] = []
 
     def _matmat(self, V: Vectors) -> Vectors:
+        self._units += self.engine.prepare(self._parts, self.space)
+        if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
+            self._measure(self.engine, V)
         result = self.space.zeros(vectors.count(V))
-        for b in range(len(self.problem.batches)):
+        for b in range(len(self._parts.batches)):
             linearization, built, kept = self._graphs.get(b)
+            before = 0 if built else linearization.passes
             linearization.add_product(V, into=result, last=not kept)
-            self._spend(b, built, vectors.count(V))
+            self._spend(b, built, linearization.passes - before, vectors.count(V))
             del linearization  # one that is not kept goes before the next is built
-        vectors.scale_(result, 1.0 / self.problem.N)
+        vectors.scale_(result, 1.0 / self._parts.N)
         return result
+
+    def _measure(self, engine: Auto, V: Vectors) -> None:
+        """Let engine="auto" choose; what another engine has made is of no use to the one that takes over."""
+        first, built, kept = self._graphs.get(0)
+        self._spend(0, built, 0, 0)
+        before = engine.chosen
+        self._units += self._parts.counts[0] / self._parts.N * engine.measure(self._parts, self.space, V, first, kept)
+        if engine.chosen != before:
+            self._graphs.drop()
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
         """R and its gradient over the selection, from the same graphs."""
         total, gradient = 0.0, self.space.zeros()
-        for b in range(len(self.problem.batches)):
+        for b in range(len(self._parts.batches)):
             linearization, built, _ = self._graphs.get(b)
             total += linearization.total
             vectors.add_(gradient, linearization.gradient())
-            self._spend(b, built, 0)
+            self._spend(b, built, 0, 0)
+            self._units += self._parts.counts[b] / self._parts.N * self.engine.gradient_units
             del linearization
-        return total / self.problem.N, vectors.scale(gradient, 1.0 / self.problem.N)
+        return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)
 
     def matrix_run(self, route: str) -> MatrixRun:
-        """Batch by batch, on a graph of its own; an engine that is not exact is taken at its word."""
-        if not isinstance(self.engine, ReverseOverReverse):
+        """Batch by batch, on a graph of its own; another engine than reverse-over-reverse is taken at its word."""
+        if not isinstance(self.engine, (Auto, ReverseOverReverse)):
             return UnitVectors(self)
         self.release()
-        self._columns.append(BatchColumns(self.problem, self.space, route))
+        self._columns.append(BatchColumns(self._parts, self.space, route))
         return self._columns[-1]
 
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""
         self._graphs.drop()
 
-    def _spend(self, b: int, built: bool, products: int) -> None:
-        share = self.problem.counts[b] / self.problem.N
-        self._units += share * (self.engine.build_units * built + self.engine.product_units * products)
+    def _spend(self, b: int, built: bool, passes: int, products: int) -> None:
+        self._units += self._parts.counts[b] / self._parts.N * self.engine.units(built, passes, products)
 
     @property
     def units(self) -> float:
@@ -74,6 +95,8 @@ class HessianOfRisk(Operator):
         return {
             "operator": "hessian",
             "engine": self.engine.name,
+            "engine_choice": self.engine.note or f"{self.engine.name}, as asked",
+            "microbatch": self._microbatch,
             "graphs_kept": self._graphs.batches,
             "graph_bytes": self._graphs.bytes,
             "engine_error": self._graphs.error,
@@ -141,7 +164,11 @@ def _require_own_space(problem: object, space: object) -> Space:
 
 
 def hessian(
-    problem: Problem, space: Space | None = None, engine: str = "auto", graph_memory: int | None = None
+    problem: Problem,
+    space: Space | None = None,
+    engine: str = "auto",
+    graph_memory: int | None = None,
+    microbatch: int | None = None,
 ) -> Operator:
     """The Hessian of the problem's objective over a space.
 
@@ -154,11 +181,14 @@ def hessian(
     Args:
         problem: what is differentiated.
         space: from `hesscope.select`; every trainable parameter by default.
-        engine: "auto" or the name of an engine.
+        engine: "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward" (all exact), "finite-difference", or
+            "auto": the first of them, unless a measurement in the course of a long run shows another to be clearly faster.
+            `describe()["engine_choice"]` says what was chosen and why.
         graph_memory: bytes that graphs kept between products may take; half of the free memory by default, 0 keeps none.
+        microbatch: run so many sequences at once at most, whatever the batches; less memory, the same answer.
 
     Raises:
-        HesscopeError: an unknown engine, or a loss that is not finite.
+        HesscopeError: an unknown engine, a loss that is not finite, or batches that cannot be split.
 
     Example:
         >>> import torch, hesscope as hs
@@ -170,5 +200,5 @@ def hessian(
     if space is None and isinstance(problem, Problem):
         space = select(problem)
     space = _require_own_space(problem, space)
-    base = HessianOfRisk(problem, space, make_engine(engine), graph_memory)
+    base = HessianOfRisk(problem, space, make_engine(engine), graph_memory, microbatch)
     return base if problem.objective == "nll" else HessianOfPerplexity(base)
