@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 import hesscope as hs
 from architectures import ARCHITECTURES, ragged_batches, tiny
-from hesscope.engines.forward_mode import NotInForwardMode
+from custom_functions import OneAtATime, WrongForward, once_problem
+from hesscope.engines import make_engine
+from hesscope.engines.forward_mode import NotInForwardMode, ReverseOverForward
+from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, Replacing
+from hesscope.losses.cross_entropy import summed_cross_entropy
 from oracles import keeping_double, relative
 
 FORWARD = ["forward-over-reverse", "reverse-over-forward"]
@@ -180,30 +184,6 @@ def test_a_model_without_forward_mode_falls_back_and_says_so(engine: str) -> Non
     assert H.describe()["engine_choice"].startswith(f"reverse-over-reverse in place of {engine}")
 
 
-class WrongForward(torch.autograd.Function):
-    """x^3 with a forward derivative that takes it for x: what torch does with layer_norm, only more plainly."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.pow(3)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * 3 * x.square()
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        return t * 1.0
-
-
 def test_a_wrong_forward_derivative_is_noticed() -> None:
     batches = [(torch.randn(n, 3, generator=torch.Generator().manual_seed(n)).double(),) for n in (2, 5)]
     model = nn.Linear(3, 2).double()
@@ -217,25 +197,11 @@ def test_a_wrong_forward_derivative_is_noticed() -> None:
 
 def test_without_its_rules_reverse_over_forward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look at one sequence sees the trap of layer_norm, were it not for the rule."""
-    from hesscope.engines.forward_mode import ReverseOverForward
-    from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE
-
     monkeypatch.setattr(ReverseOverForward, "replacements", FORWARD_OVER_REVERSE)
     model = tiny("gpt2")
     with pytest.warns(hs.HesscopeWarning, match="differs from reverse-over-reverse by"):
         found, _ = products(model, "reverse-over-forward")
     assert torch.equal(found, products(model, "reverse-over-reverse")[0])
-
-
-class OneAtATime(WrongForward):
-    """x^3 with the right forward derivative, but no rule for a batch of tangents."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return t * 3 * x.square()
 
 
 @each_engine
@@ -250,8 +216,6 @@ def test_vectors_that_do_not_go_together_go_one_by_one(engine: str) -> None:
 @each_engine
 def test_the_first_look_is_left_out_where_there_is_nothing_to_hold_it_to(engine: str) -> None:
     """A function whose gradient cannot be differentiated again has no forward mode either."""
-    from test_finite_difference import once_problem
-
     problem, _ = once_problem()
     with (
         pytest.warns(hs.HesscopeWarning, match="in place of"),
@@ -261,8 +225,6 @@ def test_the_first_look_is_left_out_where_there_is_nothing_to_hold_it_to(engine:
 
 
 def test_a_refusal_is_in_words() -> None:
-    from hesscope.engines import make_engine
-
     problem = hs.causal_lm(tiny("bloom"), ragged_batches())
     space = hs.select(problem, "*.bias")
     with pytest.raises(NotInForwardMode, match="an operation of the model does not run in forward mode"):
@@ -272,9 +234,6 @@ def test_a_refusal_is_in_words() -> None:
 
 
 def test_the_cross_entropy_is_one_operation_to_function_modes() -> None:
-    from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, Replacing
-    from hesscope.losses.cross_entropy import summed_cross_entropy
-
     z, y = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, -100])
     with Replacing(FORWARD_OVER_REVERSE):
         replaced = summed_cross_entropy(z, y)

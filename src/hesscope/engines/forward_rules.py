@@ -139,11 +139,11 @@ def _blind(mask: Tensor) -> Tensor:
     return hidden.all(-1, keepdim=True)
 
 
-def mse_loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.functional.mse_loss`, composed for the plain reductions."""
-    reduction = kwargs.get("reduction", "mean")
-    if args or set(kwargs) - {"reduction"} or reduction not in ("none", "mean", "sum") or input.shape != target.shape:
-        return F.mse_loss(input, target, *args, **kwargs)
+def mse_loss(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **others: Any) -> Tensor:
+    """`torch.nn.functional.mse_loss`, composed where nothing unusual is asked for."""
+    unusual = args or any(value is not None for value in others.values()) or input.shape != target.shape
+    if unusual or reduction not in ("none", "mean", "sum"):
+        return F.mse_loss(input, target, *args, reduction=reduction, **others)
     squares = (input - target).square()
     return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()
 
