@@ -139,11 +139,19 @@ def _blind(mask: Tensor) -> Tensor:
     return hidden.all(-1, keepdim=True)
 
 
-def mse_loss(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **others: Any) -> Tensor:
-    """`torch.nn.functional.mse_loss`, composed where nothing unusual is asked for."""
-    unusual = args or any(value is not None for value in others.values()) or input.shape != target.shape
-    if unusual or reduction not in ("none", "mean", "sum"):
-        return F.mse_loss(input, target, *args, reduction=reduction, **others)
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.mse_loss`, composed where nothing deprecated is asked for."""
+    if size_average is not None or reduce is not None or reduction not in ("none", "mean", "sum"):
+        return F.mse_loss(input, target, size_average, reduce, reduction)
+    if weight is not None or input.shape != target.shape:
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)
     squares = (input - target).square()
     return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()
 
