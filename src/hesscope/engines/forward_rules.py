@@ -151,7 +151,7 @@ def mse_loss(
     if size_average is not None or reduce is not None or reduction not in ("none", "mean", "sum"):
         return F.mse_loss(input, target, size_average, reduce, reduction)
     if weight is not None or input.shape != target.shape:
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     squares = (input - target).square()
     return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()
 
