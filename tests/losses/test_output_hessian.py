@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,29 +26,28 @@ TARGETS = {
 }
 #: Uniform, ordinary, and so peaked that exp of the logits would overflow in any dtype.
 SCALES = [0.0, 1.0, 1e4]
+INTERPRET = "TRITON_INTERPRET"
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The Triton kernel on the CPU, by Triton's own interpreter."""
+def require_compiler() -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler, found neither g++ nor clang++")
+
+
+def require_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed; pip install 'hesscope[triton]'")
-    module = "hesscope.losses.triton_kernels"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setattr(output_hessian, "_trusted", {})
-    yield
-    # Whoever comes next, on a GPU perhaps, is not to find the interpreted one.
-    sys.modules.pop(module, None)
 
 
-@pytest.fixture(params=["eager", "compile", "triton"])
+@pytest.fixture(params=["eager", pytest.param("compile", marks=pytest.mark.slow), "triton"])
 def kernel(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
-        request.getfixturevalue("interpreted")
-    if request.param == "compile" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("torch.compile needs a C++ compiler, found neither g++ nor clang++")
+        require_triton()
+        if os.environ.get(INTERPRET) != "1":
+            pytest.skip("the interpreter has to be on from the start: see test_the_triton_kernel_by_its_interpreter")
+    if request.param == "compile":
+        require_compiler()
     name: str = request.param
     return name
 
@@ -77,7 +78,7 @@ def test_against_the_dense_matrix(kernel: str, rows: str, scale: float) -> None:
     found = cross_entropy_hessian_product(z, y, u, kernel)
     close(found, dense(z, y, u), torch.float64)
     assert not found[:, y == -100].any()
-    assert bool(found.any()) == (rows != "no row" and scale < 1e4)
+    assert bool((found.abs() > 1e-6).any()) == (rows != "no row" and scale < 1e4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -105,12 +106,12 @@ def test_one_vector_is_one_of_several(kernel: str) -> None:
 
 def test_many_classes_with_some_impossible(kernel: str) -> None:
     """Several blocks of the kernel; minus infinity is how a class is ruled out, whole blocks of them first."""
-    z, u = case(3.0, rows=2, classes=9001)
-    z[:, :5000] = -torch.inf
-    y = torch.tensor([7000, 9000])
+    z, u = case(3.0, rows=1, classes=4500)
+    z[:, :4200] = -torch.inf
+    y = torch.tensor([4499])
     found = cross_entropy_hessian_product(z, y, u, kernel)
     close(found, dense(z, y, u), torch.float64)
-    assert not found[..., :5000].any()
+    assert not found[..., :4200].any()
 
 
 def test_rows_and_columns_that_are_not_contiguous(kernel: str) -> None:
@@ -171,6 +172,27 @@ def test_what_does_not_count_may_hold_anything(kernel: str) -> None:
     found = cross_entropy_hessian_product(z, y, u, kernel)
     assert not found[:, 1].any()
     assert torch.isfinite(found).all()
+
+
+def test_the_triton_kernel_by_its_interpreter() -> None:
+    """The tests above on a CPU, in a process of their own: Triton decides when it is imported how kernels will run."""
+    require_triton()
+    if os.environ.get(INTERPRET) == "1":
+        pytest.skip("this is that process")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+        "-k",
+        "triton and not interpreter",
+    ]
+    done = subprocess.run(command, env={**os.environ, INTERPRET: "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
 
 
 # ---- which kernel runs, and why

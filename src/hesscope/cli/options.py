@@ -49,7 +49,7 @@ class CommonOptions:
     random: Annotated[int | None, _option("--random", panel=_WHAT, help="Only so many entries of the whole selection, drawn with --seed.")] = None  # fmt: skip
     indices: Annotated[str | None, _option("--indices", panel=_WHAT, help="JSON file that gives parameters lists of flat indices, or that JSON itself.")] = None  # fmt: skip
     operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian.")] = "hessian"  # fmt: skip
-    engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse or finite-difference.")] = "auto"  # fmt: skip
+    engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward (all exact) or finite-difference.")] = "auto"  # fmt: skip
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
     output_dir: Annotated[Path | None, _option("--output-dir", panel=_OUTPUT, help="Folder to write; runs/VERB by default.")] = None  # fmt: skip
     overwrite: Annotated[bool, _option("--overwrite", panel=_OUTPUT, help="Replace a run that is in that folder.")] = False  # fmt: skip

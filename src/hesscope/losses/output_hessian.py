@@ -108,6 +108,13 @@ def _compiled() -> _Rows:
     return compiled
 
 
+def _compile(z_TV: Tensor, y_T: Tensor, u_KTV: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        # Torch's compiler uses what torch has deprecated.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        return _compiled()(z_TV, y_T, u_KTV)
+
+
 def _triton(z_TV: Tensor, y_T: Tensor, u_KTV: Tensor) -> Tensor:
     from hesscope.losses.triton_kernels import output_hessian_product
 
@@ -135,7 +142,7 @@ def _function(name: str, logits: Tensor, u: Tensor) -> _Rows:
     """The kernel of that name if it runs and agrees with the eager one, which stands in for it otherwise."""
     if name == "eager":
         return _eager
-    run = _compiled() if name == "compile" else _triton
+    run = _compile if name == "compile" else _triton
     kind = (name, logits.device.type, logits.dtype, u.dtype)
     if kind not in _trusted:
         _trusted[kind] = _objection(run, logits, u)
@@ -153,7 +160,8 @@ def _objection(run: _Rows, logits: Tensor, u: Tensor) -> str | None:
     try:
         found = run(z, y, u_KTV).to(u.dtype)
     except Exception as error:  # compilers fail in ways of their own
-        return f"it does not run here ({type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''})"
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:160]
+        return f"it does not run here ({type(error).__name__}: {reason})"
     expected = _eager(z, y, u_KTV).to(u.dtype)
     # Relative to p |u|: entries of the difference u - <p, u> may cancel.
     size = (torch.softmax(z.to(expected.dtype), -1) * u_KTV.abs().amax(-1, keepdim=True)).abs() + expected.abs()
