@@ -35,7 +35,7 @@ class _GradientGraph(Linearization):
     def __init__(self, problem: Problem, b: int, space: Space) -> None:
         self._space = space
         self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
-        meter = SavedBytes(problem.model.parameters())
+        meter = _SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
             total, _ = problem.total(b, self._leaves)
             self._gradients = self._differentiate(total)
@@ -114,7 +114,7 @@ def _missing_derivatives_in_words() -> Iterator[None]:
                             "engine='finite-difference'.") from error  # fmt: skip
 
 
-class SavedBytes:
+class _SavedBytes:
     """Counts the bytes that autograd keeps while a graph is built: each storage once, the parameters' not at all."""
 
     def __init__(self, parameters: object) -> None:
