@@ -123,8 +123,18 @@ def gpt_oss(**more: Any) -> nn.Module:
 
 
 def t5(**more: Any) -> nn.Module:
+    """Relative positions, RMSNorm, tied embeddings."""
     sizes = {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
-    return T.T5ForConditionalGeneration(T.T5Config(**sizes | more))
+    special = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    return T.T5ForConditionalGeneration(T.T5Config(**sizes | special | more))
+
+
+def bart(**more: Any) -> nn.Module:
+    """Learned positions, LayerNorm, a bias on the logits that is no parameter."""
+    sizes_of_a_side = (("layers", 1), ("attention_heads", 2), ("ffn_dim", 12))
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in sizes_of_a_side}
+    sizes = {"vocab_size": VOCABULARY, "d_model": 8, "max_position_embeddings": CONTEXT, "decoder_start_token_id": 2}
+    return T.BartForConditionalGeneration(T.BartConfig(**_SPECIAL | sizes | sides | more))
 
 
 def bert(**more: Any) -> nn.Module:
@@ -148,6 +158,8 @@ ARCHITECTURES = {
     "bloom": Architecture(bloom, "the softmax of its own attention"),
 }
 
+ENCODER_DECODERS = {"t5": Architecture(t5, "RMSNorm"), "bart": Architecture(bart)}
+
 #: Models of which only the structure is looked at.
 STRUCTURES: dict[str, Callable[..., nn.Module]] = {
     "phi": phi,
@@ -164,7 +176,8 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: A
     """A tiny model in evaluation mode, its weights far enough from initialisation for curvature between all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        make = ARCHITECTURES[name].make if name in ARCHITECTURES else STRUCTURES[name]
+        known = ARCHITECTURES | ENCODER_DECODERS
+        make = known[name].make if name in known else STRUCTURES[name]
         model = make(**more).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -192,3 +205,15 @@ def ragged_batches() -> list[dict[str, Tensor]]:
     labels[1, 2] = 7  # obeyed, though it is not the input
     labelled = {"input_ids": ids, "labels": labels}
     return [padded, labelled, {"input_ids": torch.randint(3, VOCABULARY, (1, 3), generator=g)}]
+
+
+def ragged_pairs() -> list[dict[str, Tensor]]:
+    """Three batches of source tokens and labels for an encoder-decoder, padded and ignored here and there."""
+    g = torch.Generator().manual_seed(0)
+    sources = [torch.randint(3, VOCABULARY, shape, generator=g) for shape in ((3, 6), (2, 4), (1, 5))]
+    labels = [torch.randint(3, VOCABULARY, shape, generator=g) for shape in ((3, 4), (2, 5), (1, 2))]
+    masks = [torch.ones_like(ids) for ids in sources]
+    masks[0][1, 4:], sources[0][1, 4:] = 0, 0
+    labels[0][2, 2:] = -100
+    labels[1][0, 0] = -100
+    return [{"input_ids": s, "attention_mask": m, "labels": y} for s, m, y in zip(sources, masks, labels, strict=True)]

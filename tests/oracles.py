@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hesscope.space import Space
+from hesscope.space import Space, random
 
 Batch = dict[str, Tensor]
 
@@ -236,3 +236,66 @@ def cross_entropy_hessian(inputs: Tensor, logits: Tensor) -> Tensor:
     blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     total = torch.stack([torch.kron(b, torch.outer(x, x)) for b, x in zip(blocks, inputs, strict=True)]).sum(0)
     return total / len(inputs)
+
+
+# ---- matrices through the outputs, from the Jacobian written down whole
+
+
+@dataclass(frozen=True)
+class Linearized:
+    """Logits [M, V] of the M targets that count, their Jacobian [M, V, n], the targets, and the sequence of each."""
+
+    logits: Tensor
+    jacobian: Tensor
+    targets: Tensor
+    sequences: Tensor
+
+    def ggn(self) -> Tensor:
+        """(1/M) sum over targets of J^T (diag p - p p^T) J."""
+        p = self.logits.softmax(-1)
+        H_out = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        return torch.einsum("mvi,mvw,mwj->ij", self.jacobian, H_out, self.jacobian) / len(p)
+
+    def sampled(self, seed: int, sample: int = 0) -> Tensor:
+        """Labels [M] from the model: the k-th target that counts inverts its distribution at the k-th uniform number."""
+        u = random.uniforms(random.stream_key(seed, f"fisher/{sample}"), torch.arange(len(self.logits)))
+        return (self.logits.softmax(-1).cumsum(-1) < u[:, None]).sum(-1)
+
+    def empirical_fisher(self, per: str, targets: Tensor | None = None) -> Tensor:
+        """(1/M) sum of g g^T, with g = J^T (p - e_target), or its sum over a sequence."""
+        picked = self.targets if targets is None else targets
+        r = self.logits.softmax(-1) - nn.functional.one_hot(picked, self.logits.shape[-1])
+        g = torch.einsum("mvi,mv->mi", self.jacobian, r)
+        if per == "sequence":
+            g = torch.stack([g[self.sequences == s].sum(0) for s in self.sequences.unique()])
+        return g.T @ g / len(picked)
+
+
+def linearized_lm(
+    model: nn.Module, batches: Sequence[Batch], space: Space, shift: int = 1, dtype: torch.dtype = torch.float64
+) -> Linearized:
+    """Logits and their dense Jacobian by a model in `dtype`; position t predicts the label at t + shift."""
+    copied = prepared_copy(model, dtype)
+    parameters = selected_parameters(copied, space)
+    logits, rows, targets, sequences = [], [], [], []
+    first = 0
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            labels = labels_of(batch)[:, shift:]
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            valid = labels != -100
+            z = copied(**inputs, use_cache=False).logits[:, : labels.shape[1]][valid]
+            logits.append(z.detach().double())
+            rows.append(jacobian(z, parameters, entries_of(space)).double())
+            targets.append(labels[valid])
+            sequences.append(first + torch.nonzero(valid)[:, 0])
+            first += len(labels)
+    return Linearized(torch.cat(logits), torch.cat(rows), torch.cat(targets), torch.cat(sequences))
+
+
+def jacobian(z: Tensor, parameters: Sequence[Tensor], picked: list[tuple[int, int]]) -> Tensor:
+    """dz / d(the picked entries), [*z.shape, n], a row for each entry of z, by batched backward passes."""
+    unit = torch.eye(z.numel(), dtype=z.dtype).reshape(-1, *z.shape)
+    found = torch.autograd.grad(z, parameters, unit, is_grads_batched=True, materialize_grads=True)
+    columns = [found[i].flatten(1)[:, flat] for i, flat in picked]
+    return torch.stack(columns, -1).reshape(*z.shape, len(picked))

@@ -20,13 +20,18 @@ _HOMES = {
     "cross_check": "hesscope.studies",
     "density": "hesscope.algorithms",
     "diagonal": "hesscope.algorithms",
+    "diagonal_study": "hesscope.algorithms",
     "eigs": "hesscope.algorithms",
+    "empirical_fisher": "hesscope.operators",
+    "fisher": "hesscope.operators",
+    "ggn": "hesscope.operators",
     "hessian": "hesscope.operators",
     "lanczos": "hesscope.algorithms",
     "load": "hesscope.results",
     "operator": "hesscope.operators",
     "perplexity_study": "hesscope.studies",
     "select": "hesscope.problem",
+    "seq2seq_lm": "hesscope.problem",
     "structure": "hesscope.algorithms",
     "supervised": "hesscope.problem",
     "trace": "hesscope.algorithms",
@@ -34,10 +39,10 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, eigs, lanczos, structure, trace
+    from hesscope.algorithms import block, density, diagonal, diagonal_study, eigs, lanczos, structure, trace
     from hesscope.errors import HesscopeError, HesscopeWarning
-    from hesscope.operators import Operator, hessian, operator
-    from hesscope.problem import Problem, causal_lm, select, supervised
+    from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, operator
+    from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
     from hesscope.results import load
     from hesscope.space import Space
     from hesscope.studies import convergence, cross_check, perplexity_study
@@ -55,13 +60,18 @@ __all__ = [
     "cross_check",
     "density",
     "diagonal",
+    "diagonal_study",
     "eigs",
+    "empirical_fisher",
+    "fisher",
+    "ggn",
     "hessian",
     "lanczos",
     "load",
     "operator",
     "perplexity_study",
     "select",
+    "seq2seq_lm",
     "structure",
     "supervised",
     "trace",

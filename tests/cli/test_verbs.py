@@ -41,6 +41,25 @@ def test_a_verb_writes_result_manifest_and_figure(verb: str, own: list[str], com
     assert hs.load(folder).products == manifest["products"]
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "kept"),
+    [
+        ("ggn", [], {}),
+        ("fisher", ["--per", "sequence", "--samples", "2"], {"per": "sequence", "samples": 2, "seed": 4}),
+        ("empirical-fisher", [], {"per": "token"}),
+    ],
+)
+def test_operators_by_name(
+    name: str, own: list[str], kept: dict[str, object], command: Command, tmp_path: Path
+) -> None:
+    run = ["trace", "--params", ROW, "--operator", name, *own, "--seed", "4", "--output-dir", "out"]
+    assert command(*run) == 0
+    result = hs.load(tmp_path / "out")
+    assert result.estimate > 0
+    operator = result.provenance["operator"]
+    assert operator.items() >= {"operator": name, **kept}.items()
+
+
 def test_the_same_command_gives_the_same_numbers(command: Command, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         assert command("trace", "--budget", "8", "--seed", "5", "--output-dir", folder) == 0

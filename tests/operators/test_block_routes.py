@@ -167,3 +167,13 @@ def test_an_unused_parameter_has_zero_rows_and_a_warning() -> None:
 def test_an_unknown_route_is_refused() -> None:
     with pytest.raises(hs.HesscopeError, match="Expected route to be one of auto, weights, positions, got 'rows'"):
         hs.block(hs.operator(torch.eye(2)), route="rows")
+
+
+def test_the_graphs_of_the_probe_before_a_long_run_make_room_for_the_blocks_own() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    H = hs.hessian(problem, hs.select(problem, "transformer.h.0.mlp.c_fc.weight"))
+    H @ torch.ones(H.shape[0], dtype=torch.float64)
+    assert H.describe()["graphs_kept"] == 3
+    assert H.shape[0] >= 100  # so that a probe comes first
+    hs.block(H)
+    assert H.describe()["graphs_kept"] == 0

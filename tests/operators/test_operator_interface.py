@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
@@ -186,6 +187,76 @@ def test_operators_on_different_selections_are_not_added() -> None:
             first + wrong
     with pytest.raises(hs.HesscopeError, match="Expected an operator to add to an operator, got"):
         first + 3.0
+
+
+def test_shifts_updates_and_dense_forms() -> None:
+    A, g = symmetric(), columns(k=1)[:, 0]
+    a = hs.operator(A)
+    identity = torch.eye(6, dtype=torch.float64)
+    assert relative(a.to_dense(), A) < EXACT
+    assert relative(a.shifted(0.5).to_dense(), A + 0.5 * identity) < EXACT
+    assert relative(a.updated(g, -2.0).to_dense(), A - 2 * torch.outer(g, g)) < EXACT
+    assert relative(a.updated({"x": g}).shifted(-1).to_dense(), A + torch.outer(g, g) - identity) < EXACT
+    assert torch.equal(a @ identity, A)  # and is what it was
+    positive = RankOne(a.space, a.space.unflatten(g[:, None]))
+    assert positive.shifted(1.0).updated(g).positive_semidefinite
+    for other in (positive.shifted(-1.0), positive.updated(g, -1.0), a.shifted(1.0)):
+        assert not other.positive_semidefinite
+    assert a.shifted(1.0).units == 0
+    with pytest.raises(
+        hs.HesscopeError, match=r"Expected one vector, a tensor of shape \[6\] or a dictionary, got \[5\]"
+    ):
+        a.updated(torch.ones(5))
+
+
+def test_a_matrix_that_does_not_fit_in_memory_is_refused() -> None:
+    with pytest.raises(hs.HesscopeError, match="Expected a matrix of 10000000 x 10000000 to fit in memory"):
+        hs.operator(lambda X: X, 10**7).to_dense()
+
+
+def test_a_restriction_is_the_operator_of_the_smaller_selection() -> None:
+    """Whole parameters, parts of them in another order, and a part of a part."""
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    name = "transformer.h.1.attn.c_proj.weight"
+    whole = hs.select(problem, "transformer.ln_f.*", {name: [40, 3, 17, 5, 60]})
+    H = hs.hessian(problem, whole)
+    for part in (
+        hs.select(problem, "transformer.ln_f.bias"),
+        hs.select(problem, {name: [5, 40, 60], "transformer.ln_f.weight": slice(2, 5)}),
+    ):
+        restricted, direct = H.restricted_to(part), hs.hessian(problem, part)
+        assert relative(restricted.to_dense(), direct.to_dense()) < EXACT
+        assert restricted.space is part
+        assert restricted.origin() == H.origin()
+    smaller = restricted.restricted_to(hs.select(problem, {name: [60, 5]}))
+    assert relative(smaller.to_dense(), direct.to_dense()[[2, 0]][:, [2, 0]]) < EXACT
+    before = H.units
+    (smaller - 0.5 * H.restricted_to(smaller.space)) @ torch.ones(2, dtype=torch.float64)
+    assert smaller.units == H.units == pytest.approx(before + 12)
+    assert (smaller + H.restricted_to(smaller.space)).units == H.units  # the one place where they spend
+    assert hs.ggn(problem, whole).restricted_to(part).positive_semidefinite
+    for wrong in (hs.select(problem, {name: [5, 6]}), hs.select(problem, "transformer.wte.weight")):
+        with pytest.raises(hs.HesscopeError, match="Expected a part of the operator's own selection"):
+            H.restricted_to(wrong)
+    with pytest.raises(hs.HesscopeError, match=r"Expected a space, from hs\.select"):
+        H.restricted_to([0, 1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_to_scipy_and_back(dtype: torch.dtype) -> None:
+    A, V = symmetric(dtype=dtype), columns().to(dtype)
+    back = hs.operator(hs.operator(A).to_scipy())
+    assert (back.shape, back.dtype) == ((6, 6), dtype)
+    assert relative(back @ V, A @ V) < 10 * torch.finfo(dtype).eps
+    assert back.describe() == {"operator": "scipy"}
+    sparse = hs.operator(scipy.sparse.csr_array(A.numpy()))
+    assert relative(sparse @ V[:, 0], A @ V[:, 0]) < 10 * torch.finfo(dtype).eps
+    whole = hs.operator(scipy.sparse.csr_array(np.eye(3, dtype=np.int64)))
+    assert whole.dtype == torch.float64
+    with pytest.raises(hs.HesscopeError, match=r"Expected a square matrix, got shape \[2, 3\]"):
+        hs.operator(scipy.sparse.csr_array(np.ones((2, 3))))
+    with pytest.raises(hs.HesscopeError, match="Expected a real matrix, got complex128"):
+        hs.operator(scipy.sparse.csr_array(np.eye(2) * 1j))
 
 
 # ---- the Hessian as an operator

@@ -11,7 +11,7 @@ from torch import nn
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
-from hesscope.operators.hessian import HessianOfRisk
+from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.studies import perplexity as module_of_study  # the module: the package exports only functions
 from hesscope.studies.perplexity import compare
 from oracles import causal_lm, relative
@@ -80,7 +80,7 @@ def test_a_package_that_leaves_the_gradient_out_is_found_out(monkeypatch: pytest
     """The second route knows nothing of the formula, so that a wrong first one shows."""
     torch.manual_seed(0)
     problem = hs.supervised(nn.Linear(2, 3).double(), [(torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 1]))])
-    monkeypatch.setattr(HessianOfRisk, "risk_and_gradient", lambda self: (problem.risk(), self.space.zeros()))
+    monkeypatch.setattr(CurvatureOfRisk, "risk_and_gradient", lambda self: (problem.risk(), self.space.zeros()))
     assert hs.perplexity_study(problem).verdict == "refuted"
 
 

@@ -3,9 +3,10 @@
 from hesscope.algorithms.block import block
 from hesscope.algorithms.density import density
 from hesscope.algorithms.diagonal import diagonal
+from hesscope.algorithms.diagonal_study import diagonal_study
 from hesscope.algorithms.eigs import eigs
 from hesscope.algorithms.lanczos import lanczos
 from hesscope.algorithms.structure import structure
 from hesscope.algorithms.trace import trace
 
-__all__ = ["block", "density", "diagonal", "eigs", "lanczos", "structure", "trace"]
+__all__ = ["block", "density", "diagonal", "diagonal_study", "eigs", "lanczos", "structure", "trace"]

@@ -109,7 +109,7 @@ def _require_finite(H: Operator, A_nn: Tensor) -> None:
         if bool(wrong.any()):
             label = H.space.labels[start + int(wrong.nonzero()[0, 0])]
             raise HesscopeError(
-                f"The matrix is not finite in the row of {label}: the loss's second derivative overflows there; try dtype "
+                f"The product is not finite in {label}: the loss's second derivative overflows there; try dtype "
                 "float64."
             )
 

@@ -12,16 +12,18 @@ __all__ = ["FEWEST_PROBES", "check_estimation", "chunk_size", "probes_allowed"]
 #: Sequential stopping before so many probes would trust a standard error that is itself noise.
 FEWEST_PROBES = 30
 _DEFAULT_PROBES = 100
-_METHODS = ("auto", "exact", "hutchinson")
+METHODS = ("auto", "exact", "hutchinson")
 
 
-def check_estimation(what: str, method: str, budget: int | None, target_error: float | None, n: int) -> bool:
+def check_estimation(
+    what: str, method: str, budget: int | None, target_error: float | None, n: int, methods: tuple[str, ...] = METHODS
+) -> bool:
     """Whether a trace or diagonal of n entries is to be exact: when asked to be, or when that costs no more than probes.
 
     Raises HesscopeError for an unknown method, or a budget or a target that nothing can meet.
     """
-    if method not in _METHODS:
-        raise HesscopeError(f"Expected method to be one of {', '.join(_METHODS)}, got {method!r}.")
+    if method not in methods:
+        raise HesscopeError(f"Expected method to be one of {', '.join(methods)}, got {method!r}.")
     if budget is not None and budget < 1:
         raise HesscopeError(f"Expected budget to be at least 1 product, got {budget}.")
     if target_error is not None and not 0 < target_error < 1:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed, probes_for
+from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
-from hesscope.algorithms.driver import Iteration, drive
-from hesscope.algorithms.probing import require_finite
+from hesscope.algorithms.diagonals import Entries, Estimator, Limits
+from hesscope.algorithms.diagonals.automatic import Automatic
+from hesscope.algorithms.diagonals.deflated import Deflated
+from hesscope.algorithms.diagonals.hutchinson import Hutchinson
+from hesscope.algorithms.diagonals.nystrom import Nystrom
+from hesscope.algorithms.diagonals.xdiag import XDiag
+from hesscope.algorithms.driver import drive
+from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Diagonal
-from hesscope.results.statistics import RunningMean
-from hesscope.space import vectors
+
+#: Estimators by name, and the fewest products with which each gives an estimate and an error.
+ESTIMATORS: dict[str, tuple[Callable[[Operator, Limits, int], Estimator], int]] = {
+    "hutchinson": (Hutchinson, 1),
+    "gaussian": (lambda H, limits, seed: Hutchinson(H, limits, seed, "gaussian"), 1),
+    "deflated": (Deflated, 1),
+    "xdiag": (XDiag, 4),
+    "nystrom": (Nystrom, 1),
+    "auto": (Automatic, 1),
+}
+METHODS = ("auto", "exact", "hutchinson", "gaussian", "deflated", "xdiag", "nystrom")
 
 
 def diagonal(
@@ -25,23 +41,30 @@ def diagonal(
     target_error: float | None = None,
     seed: int | None = 0,
     checkpoint: str | Path | Checkpoint | None = None,
+    max_seconds: float | None = None,
+    directions: int | None = None,
 ) -> Diagonal:
-    """The diagonal of an operator, exact or by Hutchinson's estimator with sign vectors.
+    """The diagonal of an operator, exact or estimated with a standard error for every entry.
 
-    For independent sign vectors z_1..z_m the mean of z_i * (A z_i), entrywise, is unbiased for the diagonal (Bekas,
-    Kokiopoulou and Saad, 2007; for signs their quotient is this mean); the variance of entry i is
-    (1/m) sum_{j != i} A_ij^2, and its standard error is the samples' own, with m - 1 degrees of freedom.
+    Every estimate is unbiased. With independent sign vectors z, z * (A z) is a sample whose variance in entry i is
+    sum_{j != i} A_ij^2 (Hutchinson, 1990; Bekas, Kokiopoulou and Saad, 2007). The other estimators remove off-diagonal
+    entries first: docs/diagonals.md compares them.
 
     Args:
-        method: "exact" (n products), "hutchinson" ("rademacher" is the same), or "auto": exact where that needs no more
-            products than the budget.
-        budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
+        method: "exact" (n products); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
+            "deflated", exact on a Krylov space and probes on its complement; "xdiag", leave-one-out; "nystrom", deflation
+            with a low-rank approximation made of the other probes; or "auto": exact where that needs no more products
+            than the budget, and otherwise what a short pilot finds best.
+        budget: operator products at most; 100 by default, 10000 where a target error or a time decides when to stop.
         target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
-        seed: of the sign vectors; None draws one and records it.
+        seed: of the random vectors; None draws one and records it.
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
+        max_seconds: stop after so many seconds of work, however far it came; never before two probes.
+        directions: how many a "deflated" estimate removes; half the budget by default, and at most 100 of an open one.
 
     Raises:
-        HesscopeError: an unknown method, a budget or target out of range, or a product that is not finite.
+        HesscopeError: an unknown method, a budget, target or time out of range, vectors that would not fit in memory, or a
+            product that is not finite.
 
     Example:
         >>> import torch, hesscope as hs
@@ -49,104 +72,49 @@ def diagonal(
         tensor([2., 3.])
     """
     method = "hutchinson" if method == "rademacher" else method
-    exact = check_estimation("diagonal", method, budget, target_error, H.space.size)
-    seed, probes = run_seed(seed, checkpoint), probes_allowed(budget, target_error)
+    _check(method, max_seconds, directions)
+    exact = check_estimation("diagonal", method, budget, target_error, H.space.size, METHODS)
+    open_ended = target_error is not None or max_seconds is not None
+    limits = Limits(probes_allowed(budget, 0.0 if open_ended else None), target_error, max_seconds)
+    seed = run_seed(seed, checkpoint)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
+    options |= {k: v for k, v in (("max_seconds", max_seconds), ("directions", directions)) if v is not None}
     if exact:
         entries = Entries(H, "diagonal, exact")
         spent = drive(H, entries, options, checkpoint)
         return _exact(H, spent, entries.values, seed)
-    hutchinson = _Hutchinson(H, probes, target_error, seed)
-    spent = drive(H, hutchinson, options, checkpoint)
-    mean = hutchinson.mean
-    return Diagonal(**spent, method="hutchinson", values=mean.mean, standard_error=mean.standard_error(),
-                    relative_error=relative_error(mean), degrees_of_freedom=mean.count - 1, seed=seed)  # fmt: skip
+    run = estimator(H, method, limits, seed, directions)
+    spent = drive(H, run, options, checkpoint)
+    found = run.estimate()
+    spent["provenance"]["estimator"] = found.record
+    return Diagonal(**spent, method=found.method, values=found.values, standard_error=found.standard_error,
+                    relative_error=found.relative_error, degrees_of_freedom=found.degrees_of_freedom,
+                    seed=seed)  # fmt: skip
 
 
-def _exact(H: Operator, spent: dict[str, object], flat: Tensor, seed: int) -> Diagonal:
+def _check(method: str, max_seconds: float | None, directions: int | None) -> None:
+    if max_seconds is not None and not max_seconds > 0:
+        raise HesscopeError(f"Expected max_seconds to be positive, got {max_seconds}.")
+    if directions is not None and method != "deflated":
+        raise HesscopeError(f"Expected directions= with method='deflated' only, got method={method!r}.")
+    if directions is not None and directions < 0:
+        raise HesscopeError(f"Expected directions to be at least 0, got {directions}.")
+
+
+def estimator(H: Operator, method: str, limits: Limits, seed: int, directions: int | None = None) -> Estimator:
+    """The estimator of that name, ready to begin."""
+    make, fewest = ESTIMATORS[method]
+    if directions is not None:
+        make, fewest = lambda H, limits, seed: Deflated(H, limits, seed, directions), directions + 1
+    if limits.products < fewest:
+        raise HesscopeError(
+            f"Expected a budget of at least {fewest} products for method={method!r}, got {limits.products}."
+        )
+    return make(H, limits, seed)
+
+
+def _exact(H: Operator, spent: dict[str, Any], flat: Tensor, seed: int) -> Diagonal:
     values = {name: part[0] for name, part in H.space.unflatten(flat[:, None]).items()}
     zeros = {name: torch.zeros_like(part) for name, part in values.items()}
-    return Diagonal(**spent, method="exact", values=values, standard_error=zeros,  # type: ignore[arg-type]
+    return Diagonal(**spent, method="exact", values=values, standard_error=zeros,
                     relative_error=0.0, degrees_of_freedom=0, seed=seed)  # fmt: skip
-
-
-def relative_error(mean: RunningMean) -> float:
-    """An estimate of |d_hat - d| / |d|: E|d_hat|^2 = |d|^2 + E|d_hat - d|^2, and the latter is the summed variance."""
-    noise = sum(float(e.double().square().sum()) for e in mean.standard_error().values())
-    signal = sum(float(d.double().square().sum()) for d in mean.mean.values())
-    if noise == 0:
-        return 0.0
-    return (noise / (signal - noise)) ** 0.5 if signal > noise else float("inf")
-
-
-class _Hutchinson(Iteration):
-    description = "diagonal"
-
-    def __init__(self, H: Operator, probes: int, target: float | None, seed: int) -> None:
-        self._H, self._target, self._seed = H, target, seed
-        self.expected = self._most = probes
-        self.at_most = target is not None
-        self.mean = RunningMean()
-
-    @property
-    def done(self) -> bool:
-        m = self.mean.count
-        if self._target is None or m < FEWEST_PROBES:
-            return m >= self._most
-        return m >= self._most or relative_error(self.mean) <= self._target
-
-    def step(self) -> None:
-        m = self.mean.count
-        stop = min(m + (chunk_size(self._H) if self._target is None else 1), self._most)
-        Z = self._H.space.rademacher(self._seed, range(m, stop))
-        AZ = self._H.matmat(Z)
-        require_finite(self._H, AZ)
-        samples = vectors.multiply(Z, AZ)
-        for k in range(stop - m):
-            self.mean.add({name: part[k] for name, part in samples.items()})
-        self._expect()
-
-    def _expect(self) -> None:
-        """With a target, the error so far tells how many probes it will take: it falls with their root."""
-        if self._target is not None and self.mean.count >= FEWEST_PROBES:
-            self.expected = probes_for(self.mean.count, relative_error(self.mean), self._target, self._most)
-            self.at_most = False
-
-    def state(self) -> dict[str, Any]:
-        return {"count": self.mean.count, "mean": self.mean.mean, "squares": self.mean.squares}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        place = self._H.space.place
-        self.mean = RunningMean(state["count"], place(state["mean"]), place(state["squares"]))
-        self._expect()
-
-    def note(self) -> str:
-        return f"relative error {relative_error(self.mean):.2g}" if self.mean.count > 1 else ""
-
-
-class Entries(Iteration):
-    """A_ii for every i, by unit vectors: the exact diagonal, whose sum is the exact trace."""
-
-    def __init__(self, H: Operator, description: str) -> None:
-        self._H, self.expected, self._next = H, H.space.size, 0
-        self.description = description
-        self.values = torch.empty(H.space.size, dtype=H.dtype, device=H.space.device)
-
-    @property
-    def done(self) -> bool:
-        return self._next == self.expected
-
-    def step(self) -> None:
-        start, space = self._next, self._H.space
-        self._next = min(start + chunk_size(self._H), self.expected)
-        columns = self._H.matmat(space.basis(start, self._next))
-        require_finite(self._H, columns)
-        columns_nK = space.flatten(columns)
-        self.values[start : self._next] = columns_nK[start : self._next].diagonal()
-
-    def state(self) -> dict[str, Any]:
-        return {"next": self._next, "values": self.values[: self._next]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._next = state["next"]
-        self.values[: self._next] = state["values"].to(self.values.device)

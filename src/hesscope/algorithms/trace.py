@@ -9,7 +9,7 @@ import torch
 
 from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, chunk_size, probes_allowed, probes_for
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
-from hesscope.algorithms.diagonal import Entries
+from hesscope.algorithms.diagonals import Entries
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator

@@ -25,6 +25,12 @@ app = typer.Typer(
 )
 
 _Method = Annotated[str, typer.Option(help="auto, exact or hutchinson. auto is exact where that costs no more.")]
+_Estimator = Annotated[
+    str,
+    typer.Option(
+        "--method", help="auto, exact, hutchinson, gaussian, deflated, xdiag or nystrom; auto chooses by a pilot."
+    ),
+]
 _Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]
 _Absolute = Annotated[bool, typer.Option("--absolute", help="Draw a block's magnitudes |H| instead of its signs.")]
 _Target = Annotated[
@@ -66,17 +72,65 @@ def block(
 @with_common_options
 @separable
 def diagonal(
-    common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
+    common: CommonOptions,
+    method: _Estimator = "auto",
+    budget: _Budget = None,
+    target_error: _Target = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds of work.")] = None,
+    directions: Annotated[int | None, typer.Option(help="How many --method deflated removes; half by default.")] = None,
 ) -> None:
-    """The diagonal: exact, or estimated with a standard error for every entry."""
+    """The diagonal: exact, or estimated with a standard error for every entry.
+
+    Example: hesscope diagonal --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 256
+    --sequences 16 --params 'transformer.h.0.attn.c_proj.weight' --target-error 0.1
+    """
     import hesscope as hs
 
     folder = output_folder(common, "diagonal")
     own = {"method": method, "budget": budget, "target_error": target_error}
+    own |= {"max_seconds": max_seconds, "directions": directions}
     kept = checkpoint(common, folder)
-    finish(
-        hs.diagonal(make_operator(common), method, budget, target_error, common.seed, kept), common, folder, kept, **own
-    )
+    result = hs.diagonal(make_operator(common), **own, seed=common.seed, checkpoint=kept)  # type: ignore[arg-type]
+    finish(result, common, folder, kept, **own)
+
+
+@app.command("diagonal-study")
+@with_common_options
+def diagonal_study(
+    common: CommonOptions,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method of diagonal; may be repeated. All but auto and gaussian by default."),
+    ] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(help="Products; may be repeated. 30, 60, 120 and 240 by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Repetitions with successive seeds.")] = 3,
+    exact: Annotated[
+        Path | None, typer.Option(help="Folder of a run that found the exact diagonal; computed by default.")
+    ] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="Folder of another diagonal to draw as a line; may be repeated.")
+    ] = None,
+) -> None:
+    """Error against products: estimators of a diagonal held to the exact one, with their figure.
+
+    Example: hesscope diagonal-study --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 256
+    --sequences 16 --params 'transformer.h.0.attn.c_proj.weight[0]' --budget 60 --budget 240
+    """
+    import hesscope as hs
+    from hesscope.cli.showing import load_kind
+    from hesscope.results import Diagonal
+
+    folder = output_folder(common, "diagonal-study")
+    given = {name: value for name, value in (("methods", method), ("budgets", budget)) if value}
+    truth = None if exact is None else load_kind(exact, Diagonal)
+    others = {path.name: load_kind(path, Diagonal) for path in reference or ()}
+    kept = checkpoint(common, folder)
+    result = hs.diagonal_study(make_operator(common), exact=truth, seeds=seeds, seed=common.seed, references=others,
+                               checkpoint=kept, **given)  # type: ignore[arg-type]  # fmt: skip
+    own = {"method": method, "budget": budget, "seeds": seeds, "exact": exact, "reference": reference}
+    finish(result, common, folder, kept, **own)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -102,7 +103,21 @@ def operator_of(common: CommonOptions, problem: Problem) -> Operator:
     if common.operator not in PROBLEM_OPERATORS:
         known = ", ".join(PROBLEM_OPERATORS)
         raise HesscopeError(f"Expected --operator to be one of {known}, got {common.operator!r}.")
-    return PROBLEM_OPERATORS[common.operator](problem, make_space(common, problem), common.engine)
+    make = PROBLEM_OPERATORS[common.operator]
+    own = _settings(common, set(inspect.signature(make).parameters))
+    return make(problem, make_space(common, problem), **own)
+
+
+def _settings(common: CommonOptions, taken: set[str]) -> dict[str, Any]:
+    """The operator's own keywords; raises HesscopeError for an option that this operator does not have."""
+    given = {"per": common.per, "samples": common.samples}
+    for name, value in given.items():
+        if value is not None and name not in taken:
+            raise HesscopeError(
+                f"Expected --{name} only with a Fisher matrix, got it with --operator {common.operator}."
+            )
+    settings = given | {"engine": common.engine, "seed": common.seed}
+    return {name: value for name, value in settings.items() if name in taken and value is not None}
 
 
 def model_source(common: CommonOptions) -> str:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from hesscope.errors import HesscopeError
+
+T = TypeVar("T")
+
+
+def load_kind(folder: Path, kind: type[T]) -> T:
+    """The result of that kind in a folder.
+
+    Raises HesscopeError where something else is in it.
+    """
+    from hesscope.results import load
+
+    result = load(folder)
+    if not isinstance(result, kind):
+        raise HesscopeError(f"Expected {str(folder)!r} to hold a {kind.__name__}, got a {type(result).__name__}.")
+    return result
 
 
 def show_folder(folder: Path, plot: Path | None, absolute: bool = False) -> None:

@@ -68,8 +68,8 @@ def _check(b: int, batch: dict[str, Any], vocabulary: int | None, context: int |
             )
     require_context(ids.shape[1], context, f"batch {b}")
     batch = with_labels(batch)
-    _require_vocabulary(b, "input_ids", ids, vocabulary)
-    _require_vocabulary(b, "labels", batch["labels"][batch["labels"] != IGNORED], vocabulary)
+    require_vocabulary(b, "input_ids", ids, vocabulary)
+    require_vocabulary(b, "labels", batch["labels"][batch["labels"] != IGNORED], vocabulary)
     return batch
 
 
@@ -82,7 +82,8 @@ def require_context(length: int, context: int | None, what: str) -> None:
         )
 
 
-def _require_vocabulary(b: int, key: str, ids: Tensor, vocabulary: int | None) -> None:
+def require_vocabulary(b: int, key: str, ids: Tensor, vocabulary: int | None) -> None:
+    """Raise HesscopeError for token ids that the model has no embedding for."""
     if vocabulary is None or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())

@@ -33,7 +33,7 @@ def sequences_of(
     return require_sequences(found, sequences, source.name)
 
 
-def require_sequences(found: list[Tensor], wanted: int | None, name: str) -> list[Tensor]:
+def require_sequences(found: list[Any], wanted: int | None, name: str) -> list[Any]:
     """The first `wanted` sequences; raises HesscopeError where there are fewer."""
     if wanted is None:
         return found

@@ -3,5 +3,6 @@
 from hesscope.engines.auto import Auto
 from hesscope.engines.base import Engine, Linearization
 from hesscope.engines.choice import ENGINES, make_engine
+from hesscope.engines.through_outputs import Middle, make_output_engine
 
-__all__ = ["ENGINES", "Auto", "Engine", "Linearization", "make_engine"]
+__all__ = ["ENGINES", "Auto", "Engine", "Linearization", "Middle", "make_engine", "make_output_engine"]

@@ -23,9 +23,9 @@ from torch import Tensor
 from hesscope.engines.base import parameter_values
 from hesscope.engines.linear_uses import Box, Perturbation, PerturbLinears
 from hesscope.engines.reverse_over_reverse import (
-    _missing_derivatives_in_words,
-    _require_second_derivative,
-    _SavedBytes,
+    SavedBytes,
+    missing_derivatives_in_words,
+    require_second_derivative,
 )
 from hesscope.losses import Loss
 from hesscope.problem import Problem
@@ -61,12 +61,12 @@ class BlockGraph:
             for name, box in boxes.items()
         }
         self._whole = {name: p.requires_grad_() for name, p in values.items() if name not in boxes}
-        meter = _SavedBytes(problem.model.parameters())
+        meter = SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
             with PerturbLinears(self._linear, values):
                 total, _ = problem.total(b, values, loss=loss, copies=copies)
             self._gradients = self._differentiate(total)
-        _require_second_derivative(list(self._gradients.values()))
+        require_second_derivative(list(self._gradients.values()))
         self.bytes = meter.bytes
         self.total = float(total.detach()) / copies
 
@@ -133,7 +133,7 @@ class BlockGraph:
         if gradient is None or not gradient.requires_grad:
             return result
         leaves: dict[str, Tensor] = {name: p.dW for name, p in self._linear.items()} | self._whole
-        with _missing_derivatives_in_words():
+        with missing_derivatives_in_words():
             found: Any = torch.autograd.grad(
                 gradient, list(leaves.values()), seed, retain_graph=True, allow_unused=True
             )

@@ -8,7 +8,7 @@ import torch
 
 from hesscope.errors import HesscopeError
 from hesscope.problem import Problem
-from hesscope.problem.microbatches import split, with_batches
+from hesscope.problem.microbatches import split
 from hesscope.space import Space, Vectors, vectors
 
 
@@ -21,11 +21,11 @@ def one_sequence(problem: Problem) -> Problem:
         if problem.counts[b] == 0:
             continue
         if problem.dropout == "frozen":
-            return problem if b == 0 else with_batches(problem, [batch])
+            return problem.subset([b])
         try:
-            first = next(p for p in (with_batches(problem, [one]) for one in split(batch, 1)) if p.counts[0] > 0)
+            first = next(p for p in (problem.related(batches=[one]) for one in split(batch, 1)) if p.counts[0] > 0)
         except (HesscopeError, StopIteration):
-            return with_batches(problem, [batch])
+            return problem.subset([b])
         return first
     return problem
 

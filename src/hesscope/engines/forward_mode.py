@@ -23,7 +23,7 @@ from torch.func import grad, jvp, vmap
 from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
 from hesscope.engines.checking import disagreement, one_sequence, tolerated
 from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing
-from hesscope.engines.reverse_over_reverse import ReverseOverReverse, _SavedBytes
+from hesscope.engines.reverse_over_reverse import ReverseOverReverse, SavedBytes
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.memory import available_bytes
 from hesscope.problem import Problem
@@ -137,7 +137,7 @@ class _Passes(Linearization):
         self._problem, self._b, self._space, self._engine = problem, b, space, engine
         self._theta = parameter_values(problem, space)
         self.bytes = 0
-        meter = _SavedBytes(problem.model.parameters())
+        meter = SavedBytes(problem.model.parameters())
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
             total, parts = gradient_parts(problem, b, self._theta)
         self.total = total

@@ -6,7 +6,7 @@ passes); each product is a reverse pass through it (6).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from hesscope.engines.base import Engine, Linearization, parameter_values
 from hesscope.errors import HesscopeError
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
+
+INSTEAD = "use engine='finite-difference', or replace that part of the model"
 
 
 class ReverseOverReverse(Engine):
@@ -35,11 +37,11 @@ class _GradientGraph(Linearization):
     def __init__(self, problem: Problem, b: int, space: Space) -> None:
         self._space = space
         self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
-        meter = _SavedBytes(problem.model.parameters())
+        meter = SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
             total, _ = problem.total(b, self._leaves)
             self._gradients = self._differentiate(total)
-        _require_second_derivative(self._gradients)
+        require_second_derivative(self._gradients)
         self.unused = [name for name, g in zip(self._leaves, self._gradients, strict=True) if g is None]
         self.total = float(total.detach())
         self.bytes = meter.bytes
@@ -67,7 +69,7 @@ class _GradientGraph(Linearization):
         ]
         for k in range(count if curved else 0):
             seeds = [c.scatter(V[c.name][k]).to(g.dtype) for c, g in curved]
-            with _missing_derivatives_in_words():
+            with missing_derivatives_in_words():
                 columns = torch.autograd.grad(
                     [g for _, g in curved],
                     list(self._leaves.values()),
@@ -80,11 +82,11 @@ class _GradientGraph(Linearization):
                     into[c.name][k] += c.gather(column)
 
 
-def _require_second_derivative(gradients: list[Tensor | None]) -> None:
+def require_second_derivative(gradients: Sequence[Tensor | None], instead: str = INSTEAD) -> None:
     """Raise HesscopeError where a custom function's backward says that it cannot be differentiated again.
 
     Its node would raise if the second backward pass came by; where no selected parameter lies beyond, autograd prunes it
-    and the answer would silently lack that function's curvature.
+    and the answer would silently lack that function's curvature. `instead` says what the caller may do.
     """
     nodes = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
     seen = set(nodes)
@@ -92,8 +94,7 @@ def _require_second_derivative(gradients: list[Tensor | None]) -> None:
         node = nodes.pop()
         if node.name() == "torch::autograd::Error":
             raise HesscopeError(
-                "The model uses a custom autograd function whose backward cannot be differentiated again; use "
-                "engine='finite-difference', or replace that function."
+                f"The model uses a custom autograd function whose backward cannot be differentiated again; {instead}."
             )
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -102,7 +103,7 @@ def _require_second_derivative(gradients: list[Tensor | None]) -> None:
 
 
 @contextmanager
-def _missing_derivatives_in_words() -> Iterator[None]:
+def missing_derivatives_in_words(instead: str = INSTEAD) -> Iterator[None]:
     """Torch names an operation without a second derivative; say what to do about it."""
     try:
         yield
@@ -110,11 +111,12 @@ def _missing_derivatives_in_words() -> Iterator[None]:
         if "derivative for" not in str(error) and "not implemented" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise HesscopeError(f"The model uses an operation without a second derivative ({reason}); use "
-                            "engine='finite-difference'.") from error  # fmt: skip
+        raise HesscopeError(
+            f"The model uses an operation without a second derivative ({reason}); {instead}."
+        ) from error
 
 
-class _SavedBytes:
+class SavedBytes:
     """Counts the bytes that autograd keeps while a graph is built: each storage once, the parameters' not at all."""
 
     def __init__(self, parameters: object) -> None:
@@ -131,3 +133,7 @@ class _SavedBytes:
 
     def unpack(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the tensor's storage is a parameter's or has been counted."""
+        return tensor.untyped_storage().data_ptr() in self._seen

@@ -17,7 +17,16 @@ _NAMES = {
     "function": "Operator",
 }
 _LETTERS = {"ggn": "G", "fisher": "F", "empirical-fisher": "E", "kfac": "K"}
-_METHODS = {"hutchinson": "Hutchinson's estimate", "hutch++": "Hutch++", "xtrace": "XTrace", "xdiag": "XDiag"}
+_METHODS = {
+    "hutchinson": "Hutchinson's estimate",
+    "gaussian": "Hutchinson's estimate, normal probes",
+    "deflated": "deflation",
+    "nystrom": "cross-fitted Nyström",
+    "auto": "automatic choice",
+    "hutch++": "Hutch++",
+    "xtrace": "XTrace",
+    "xdiag": "XDiag",
+}
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _IN_NATS = ("LM", "CrossEntropy")
 
@@ -51,8 +60,9 @@ def objective_of(result: Result) -> str:
 
 
 def operator_name(result: Result) -> str:
-    """The operator's name, as a title starts."""
-    return _NAMES.get(_kind(result), "Operator")
+    """The operator's name, as a title starts; of a Fisher matrix whether it is per token or per sequence."""
+    per = operator_of(result).get("per")
+    return _NAMES.get(_kind(result), "Operator") + (f" per {per}" if per else "")
 
 
 def entry_symbol(result: Result) -> str:

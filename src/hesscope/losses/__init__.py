@@ -1,22 +1,29 @@
 """Losses: what is summed over a batch, and how many terms that sum has."""
 
 from hesscope.losses.causal_lm import CausalLMLoss, valid_targets
+from hesscope.losses.derivatives import output_hessian_product, residual
 from hesscope.losses.last_token import LastTokenCrossEntropyLoss
 from hesscope.losses.mean import MeanLoss
 from hesscope.losses.one_hot import OneHotSquaredErrorLoss
 from hesscope.losses.projected import ProjectedCausalLMLoss
-from hesscope.losses.protocol import Loss, SplitLoss
+from hesscope.losses.protocol import HasTerms, Loss, SamplingLoss, SplitLoss
+from hesscope.losses.seq2seq_lm import Seq2SeqLMLoss
 from hesscope.losses.supervised import CrossEntropyLoss, SquaredErrorLoss
 
 __all__ = [
     "CausalLMLoss",
     "CrossEntropyLoss",
+    "HasTerms",
     "LastTokenCrossEntropyLoss",
     "Loss",
     "MeanLoss",
     "OneHotSquaredErrorLoss",
     "ProjectedCausalLMLoss",
+    "SamplingLoss",
+    "Seq2SeqLMLoss",
     "SplitLoss",
     "SquaredErrorLoss",
+    "output_hessian_product",
+    "residual",
     "valid_targets",
 ]

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hesscope.losses.cross_entropy import IGNORED, summed_cross_entropy
+from hesscope.losses.cross_entropy import IGNORED
+from hesscope.losses.tokens import TokenLoss
 
 
-class CausalLMLoss:
+class CausalLMLoss(TokenLoss):
     """The sum over valid targets of -log softmax(logits[t])[labels[t + 1]], in nats.
 
     A batch is a dictionary of `input_ids` [B, T], `labels` [B, T] and whatever else the model's forward takes. Labels
     of -100 do not count. Half-precision logits are raised to float32 first.
     """
 
-    def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The logits, [B, T, vocabulary]."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        output = model(**inputs, use_cache=False) if hasattr(model, "config") else model(**inputs)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
+    def targets(self, batch: dict[str, Any]) -> Tensor:
+        """The label one position on. The labels are shifted, not the logits, which would copy the larger tensor."""
+        return next_tokens(batch["labels"])
 
-    def total_of_outputs(self, outputs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Sum and count from the logits. The labels are shifted, not the logits, which would copy the larger tensor."""
-        logits = outputs if outputs.dtype == torch.float64 else outputs.float()
-        targets = next_tokens(batch["labels"])
-        return summed_cross_entropy(logits.flatten(0, 1), targets.flatten()), self.count(batch)
-
-    def total(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Sum and count of one batch."""
-        return self.total_of_outputs(self.outputs(model, batch), batch)
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """The number of valid targets, without running the model."""
-        return valid_targets(batch["labels"])
+    def with_targets(self, batch: dict[str, Any], targets: Tensor) -> dict[str, Any]:
+        """The batch with labels that have these targets."""
+        return {**batch, "labels": F.pad(targets[:, :-1], (1, 0), value=IGNORED)}
 
 
 def next_tokens(labels: Tensor) -> Tensor:

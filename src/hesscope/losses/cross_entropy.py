@@ -28,6 +28,13 @@ def summed_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return total
 
 
+def cross_entropy_residual(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """The derivative of the sum in the logits, p_t - e_(y_t) in row t; rows whose target is ignored are zero."""
+    valid_T1 = (targets_T != IGNORED)[:, None]
+    p_TV = torch.softmax(logits_TV, -1).masked_fill_(~valid_T1, 0.0)
+    return p_TV.scatter_add_(1, targets_T.clamp(min=0)[:, None], -valid_T1.to(p_TV.dtype))
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z_TV: Tensor, y_T: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ class LastTokenCrossEntropyLoss:
     input. N counts the sequences that have a valid target. Batches are those of `CausalLMLoss`.
     """
 
+    #: In the logits.
+    convex = True
+
     def __init__(self) -> None:
         self._model_of = CausalLMLoss()
 

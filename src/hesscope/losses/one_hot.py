@@ -19,6 +19,9 @@ class OneHotSquaredErrorLoss:
     Batches are those of `CausalLMLoss`. The count is known only with the model's outputs.
     """
 
+    #: In the logits.
+    convex = True
+
     def __init__(self) -> None:
         self._model_of = CausalLMLoss()
 

@@ -41,8 +41,8 @@ class ProjectedCausalLMLoss:
 
     def __init__(self, base: CausalLMLoss, products: int, copies: int = 1) -> None:
         self._base, self._products, self._copies = base, products, copies
-        #: What the last call of `total` did, in words.
-        self.form = "logits"
+        #: What the last call of `total` did, in words, what it keeps, and what it took beyond that for a moment.
+        self.form, self.bytes, self.transient_bytes = "logits", 0, 0
 
     def count(self, batch: dict[str, Any]) -> int:
         """The number of valid targets, without running the model."""
@@ -63,6 +63,8 @@ class ProjectedCausalLMLoss:
         valid_T = valid_KT[: len(valid_KT) // self._copies]
         head = Head(weight.detach(), logits.detach().flatten(0, 1)[valid_T], targets_N[valid_T], self._products)
         self.form = "contracted" if head.contracted else "projected"
+        # While the graph is built: logits, those that count, their softmax and what it is made from.
+        self.bytes, self.transient_bytes = head.bytes, 4 * logits.nbytes + _CHUNK_BYTES
         return head(watch.inputs.flatten(0, 1)[valid_KT]), len(valid_KT)
 
 
@@ -80,6 +82,12 @@ class Head:
         self._C_Tdd = self._contract() if pays else None
         if self._C_Tdd is not None:
             del self._p_TV
+
+    @property
+    def bytes(self) -> int:
+        """What is kept for products, beyond the weight."""
+        held = self._p_TV if self._C_Tdd is None else self._C_Tdd
+        return held.nbytes + self._mean_Td.nbytes + self.gradient_Td.nbytes
 
     @property
     def contracted(self) -> bool:

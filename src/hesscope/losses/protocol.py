@@ -1,4 +1,4 @@
-"""What a loss has to offer."""
+"""What a loss has to offer, and what it may."""
 
 from __future__ import annotations
 
@@ -18,12 +18,55 @@ class Loss(Protocol):
 
 @runtime_checkable
 class SplitLoss(Loss, Protocol):
-    """A loss that passes through the model's outputs, so that the GGN is defined."""
+    """A loss that passes through the model's outputs, so that the GGN is defined.
+
+    A loss whose sum is convex in the outputs may say so by an attribute `convex = True`: then its GGN is positive
+    semidefinite.
+    """
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
-        """The model's outputs for one batch."""
+        """The model's outputs for one batch; the first axis counts sequences (examples)."""
         ...
 
     def total_of_outputs(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
         """The same sum and count, from the outputs."""
+        ...
+
+
+@runtime_checkable
+class HasOutputHessian(Protocol):
+    """A loss that knows the second derivative of its sum in the outputs; autograd finds it for one that does not."""
+
+    def output_hessian_product(self, outputs: Tensor, batch: Any, u: Tensor) -> Tensor:
+        """The Hessian of the sum in the outputs, times u, which is shaped like them."""
+        ...
+
+
+@runtime_checkable
+class HasResidual(Protocol):
+    """A loss that knows the first derivative of its sum in the outputs; autograd finds it for one that does not."""
+
+    def residual(self, outputs: Tensor, batch: Any) -> Tensor:
+        """d sum / d outputs, shaped like them, zero at what does not count."""
+        ...
+
+
+@runtime_checkable
+class HasTerms(Protocol):
+    """A loss that knows which outputs make one term of its sum, so that gradients can be told apart term by term."""
+
+    def term_axes(self, outputs: Tensor) -> tuple[int, ...]:
+        """The axes of the outputs that one term spans (the classes); none where every output is a term of its own."""
+        ...
+
+
+@runtime_checkable
+class SamplingLoss(Protocol):
+    """A negative log-likelihood whose targets can be drawn from the model's own distribution."""
+
+    def sample(self, outputs: Tensor, batch: Any, key: int, first: int) -> Any:
+        """The batch with other targets, drawn from the model; what does not count still does not.
+
+        The batch's i-th term takes number `first + i` of the random stream `key`.
+        """
         ...

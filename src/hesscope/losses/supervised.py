@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hesscope.errors import HesscopeError
+from hesscope.losses.cross_entropy import IGNORED, cross_entropy_residual
+from hesscope.losses.output_hessian import cross_entropy_hessian_product
+from hesscope.losses.sampling import sample_classes, sample_normal
+from hesscope.losses.tokens import raised
+
+#: (output - target)^2 is the negative log-likelihood, up to a constant, of a normal distribution of this variance.
+_VARIANCE = 0.5
 
 
 class _Supervised:
@@ -31,20 +39,77 @@ class CrossEntropyLoss(_Supervised):
     not count) or class probabilities of the outputs' shape.
     """
 
+    #: In the outputs.
+    convex = True
+
     def total_of_outputs(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         return F.cross_entropy(outputs, batch[1], reduction="sum"), self._count(outputs, batch[1])
 
     def total(self, model: nn.Module, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         return self.total_of_outputs(self.outputs(model, batch), batch)
 
+    def residual(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> Tensor:
+        """p - e_target for every example, or m p - q for class probabilities q of sum m."""
+        z, targets = raised(outputs), batch[1]
+        if targets.is_floating_point():
+            axis = _class_axis(z)
+            return targets.sum(axis, keepdim=True) * z.softmax(axis) - targets
+        return _as_outputs(cross_entropy_residual(_rows(z), targets.reshape(-1)), z)
+
+    def output_hessian_product(self, outputs: Tensor, batch: tuple[Any, Tensor], u: Tensor) -> Tensor:
+        """(diag p - p p^T) u for every example; times m for class probabilities of sum m."""
+        z, targets = raised(outputs), batch[1]
+        if targets.is_floating_point():
+            axis = _class_axis(z)
+            everywhere = torch.zeros(z.numel() // z.shape[axis], dtype=torch.int64, device=z.device)
+            product = cross_entropy_hessian_product(_rows(z), everywhere, _rows(raised(u)))
+            return _as_outputs(product, z) * targets.sum(axis, keepdim=True)
+        return _as_outputs(cross_entropy_hessian_product(_rows(z), targets.reshape(-1), _rows(raised(u))), z)
+
+    def term_axes(self, outputs: Tensor) -> tuple[int, ...]:
+        """The classes: a term is an example (or one of its positions)."""
+        return (_class_axis(outputs),)
+
+    def sample(self, outputs: Tensor, batch: tuple[Any, Tensor], key: int, first: int) -> tuple[Any, Tensor]:
+        """The batch with a class drawn from the model's distribution as the target of every example that counts."""
+        inputs, targets = batch
+        rows = _rows(outputs)
+        counted = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        if not targets.is_floating_point():
+            counted = (targets != IGNORED).reshape(-1)
+        drawn = sample_classes(rows, counted, key, first)
+        return inputs, drawn.reshape(outputs.select(_class_axis(outputs), 0).shape)
+
     def _count(self, outputs: Tensor, targets: Tensor) -> int:
         if targets.is_floating_point():
-            return targets.numel() // outputs.shape[1]
-        return int((targets != -100).sum())
+            return targets.numel() // outputs.shape[_class_axis(outputs)]
+        return int((targets != IGNORED).sum())
+
+
+def _class_axis(outputs: Tensor) -> int:
+    return min(1, outputs.dim() - 1)
+
+
+def _rows(outputs: Tensor) -> Tensor:
+    """Classes last, everything else in the targets' order: [examples and positions, C]."""
+    axis = _class_axis(outputs)
+    return outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
+
+
+def _as_outputs(rows: Tensor, outputs: Tensor) -> Tensor:
+    """The inverse of `_rows`."""
+    axis = _class_axis(outputs)
+    return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis)
 
 
 class SquaredErrorLoss(_Supervised):
-    """The sum of (output - target)^2 over elements; the risk is their mean, as for `torch.nn.MSELoss`."""
+    """The sum of (output - target)^2 over elements; the risk is their mean, as for `torch.nn.MSELoss`.
+
+    As a negative log-likelihood it belongs to independent normal targets of variance 1/2 around the outputs.
+    """
+
+    #: In the outputs.
+    convex = True
 
     def total_of_outputs(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         if outputs.shape != batch[1].shape:
@@ -56,3 +121,19 @@ class SquaredErrorLoss(_Supervised):
 
     def total(self, model: nn.Module, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         return self.total_of_outputs(self.outputs(model, batch), batch)
+
+    def residual(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> Tensor:
+        """2 (output - target)."""
+        return 2.0 * (raised(outputs) - batch[1])
+
+    def output_hessian_product(self, outputs: Tensor, batch: tuple[Any, Tensor], u: Tensor) -> Tensor:
+        """2 u."""
+        return 2.0 * raised(u)
+
+    def term_axes(self, outputs: Tensor) -> tuple[int, ...]:
+        """None: a term is an element."""
+        return ()
+
+    def sample(self, outputs: Tensor, batch: tuple[Any, Tensor], key: int, first: int) -> tuple[Any, Tensor]:
+        """The batch with targets drawn from the normal distributions around the outputs."""
+        return batch[0], sample_normal(raised(outputs), _VARIANCE, key, first)

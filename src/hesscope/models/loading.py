@@ -44,21 +44,27 @@ def load_model(
     name: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    encoder_decoder: bool = False,
     **hub: Any,
 ) -> nn.Module:
-    """Load a causal LM in float32 unless told otherwise, on a GPU if there is one, in evaluation mode.
+    """Load a language model in float32 unless told otherwise, on a GPU if there is one, in evaluation mode.
 
     Raises HesscopeError where the name is neither a model folder nor a Hub id that can be reached.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    family, words = (
+        (AutoModelForSeq2SeqLM, "an encoder-decoder")
+        if encoder_decoder
+        else (AutoModelForCausalLM, "a causal language model")
+    )
     _require_config(name)
     try:
         with _bars_on_terminals_only():
             config = AutoConfig.from_pretrained(name, **hub)
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or torch.float32, **hub)
+            model = family.from_pretrained(name, config=config, dtype=dtype or torch.float32, **hub)
     except (OSError, ValueError, KeyError) as error:
-        raise HesscopeError(f"Could not load {str(name)!r} as a causal language model: {_first_line(error)}") from error
+        raise HesscopeError(f"Could not load {str(name)!r} as {words}: {_first_line(error)}") from error
     moved: nn.Module = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return moved.eval()
 

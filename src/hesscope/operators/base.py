@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes
 from hesscope.space import Space, Vectors, vectors
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+#: What the columns of a dense form take at once.
+_COLUMN_BYTES = 64 * 2**20
+
 
 class Operator(ABC):
-    """A symmetric linear map A on R^n.
+    """A symmetric linear map A on R^n; `positive_semidefinite` says whether it is known to have no negative eigenvalue.
 
     `A @ v` takes a flat tensor [n] or [n, K], or one vector as {name: tensor shaped like the selected part}, and returns
     its like. Algorithms use `matmat` on vectors kept per parameter. `products` and `units` (forward passes over the
@@ -97,6 +101,46 @@ class Operator(ABC):
         return LinearOperator(
             self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=empty.dtype
         )
+
+    def to_dense(self) -> Tensor:
+        """The matrix [n, n], by n products; `hesscope.block` gives it labels, symmetry and cost as well.
+
+        Raises HesscopeError where it would not fit in memory.
+        """
+        n = self.space.size
+        needed, available = 2 * n * n * self.dtype.itemsize, available_bytes(self.space.device)
+        if needed > available:
+            raise HesscopeError(
+                f"Expected a matrix of {n} x {n} to fit in memory: it takes {needed / 1e9:.1f} GB on the way, and "
+                f"{available / 1e9:.1f} GB are free; restrict the selection."
+            )
+        chunk = max(1, _COLUMN_BYTES // (n * self.dtype.itemsize))
+        columns = [
+            self.space.flatten(self.matmat(self.space.basis(start, min(start + chunk, n))))
+            for start in range(0, n, chunk)
+        ]
+        return torch.cat(columns, 1)
+
+    def shifted(self, shift: float) -> Operator:
+        """A + shift * I."""
+        from hesscope.operators.composed import Identity
+
+        return self + float(shift) * Identity(self.space)
+
+    def updated(self, g: Tensor | dict[str, Tensor], weight: float = 1.0) -> Operator:
+        """A + weight * g g^T, for one vector g: a flat tensor [n] or {name: tensor shaped like the selected part}."""
+        from hesscope.operators.composed import RankOne
+
+        return self + RankOne(self.space, self.space.one(g), float(weight))
+
+    def restricted_to(self, part: Space) -> Operator:
+        """P A P^T: the rows and columns of some of the coordinates, given as a selection of the same parameters.
+
+        Raises HesscopeError where `part` has coordinates that this operator has not.
+        """
+        from hesscope.operators.composed import Restriction
+
+        return Restriction(self, part)
 
     def __add__(self, other: Operator) -> Operator:
         from hesscope.operators.composed import Sum

@@ -33,9 +33,12 @@ from hesscope.space import random as counter_based
 class BatchColumns(MatrixRun):
     """Columns of the Hessian of the risk, through weights or through positions, whichever needs fewer products."""
 
-    def __init__(self, problem: Problem, space: Space, route: str) -> None:
+    def __init__(
+        self, problem: Problem, space: Space, route: str, make_room: Callable[[], None] = lambda: None
+    ) -> None:
+        self._make_room = make_room  # called before a graph is built
         self._problem, self._space = problem, space
-        self.graph_bytes = 0
+        self.graph_bytes, self.planned_bytes = 0, 0
         with FlopCounterMode(display=False) as forward:
             uses = [watch_uses(problem, 0, space)]
         self._forward_flops = forward.get_total_flops()
@@ -110,6 +113,7 @@ class BatchColumns(MatrixRun):
             "copies": max(plan.copies for plan in self._plans),
             "output_projection": self._form,
             "graph_bytes": self.graph_bytes,
+            "planned_bytes": self.planned_bytes,
             "forward_passes_a_product": self.pass_units,
         }
 
@@ -180,14 +184,19 @@ class BatchColumns(MatrixRun):
         return self._built[1]
 
     def _build(self, b: int, plan: BatchPlan) -> BlockGraph:
+        self._make_room()
         loss: Loss | None = None
         if isinstance(self._problem.loss, CausalLMLoss) and not self._selects_output_projection():
             loss = ProjectedCausalLMLoss(self._problem.loss, plan.products, plan.copies)
         graph = BlockGraph(
             self._problem, b, self._space, self._boxes, plan.through_positions, plan.copies, plan.sequences, loss
         )
-        self._form = loss.form if isinstance(loss, ProjectedCausalLMLoss) else "logits"
-        self.graph_bytes = max(self.graph_bytes, graph.bytes)
+        held, moment = graph.bytes, graph.bytes
+        if isinstance(loss, ProjectedCausalLMLoss):
+            self._form, held, moment = loss.form, held + loss.bytes, moment + loss.transient_bytes
+        self.graph_bytes = max(self.graph_bytes, held)
+        # What is kept, and what a pass through it or its making takes beyond that for a moment.
+        self.planned_bytes = max(self.planned_bytes, held + moment)
         self.units += self._share[b] * 3 * plan.copies
         return graph
 

@@ -1,13 +1,24 @@
-"""Operators made of operators: sums, multiples and rank-one matrices."""
+"""Operators made of operators: sums, multiples, rank-one matrices, the identity and restrictions."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hesscope.errors import HesscopeError
 from hesscope.operators.base import Operator
-from hesscope.operators.matrix_run import MatrixRun, OneAfterAnother, OuterProduct, Weighted, matrix_run
-from hesscope.space import Space, Vectors, vectors
+from hesscope.operators.matrix_run import (
+    MatrixRun,
+    OneAfterAnother,
+    OuterProduct,
+    UnitDiagonal,
+    Weighted,
+    matrix_run,
+)
+from hesscope.space import Coordinates, Space, Vectors, vectors
 
 
 class Sum(Operator):
@@ -46,7 +57,7 @@ def _parts(A: Operator) -> dict[int, Operator]:
     """What an operator is made of, each once: H - 0.5 * H spends its forward passes in one place."""
     if isinstance(A, Sum):
         return _parts(A._first) | _parts(A._second)
-    if isinstance(A, Multiple):
+    if isinstance(A, (Multiple, Restriction)):
         return _parts(A._base)
     return {id(A): A}
 
@@ -97,3 +108,75 @@ class RankOne(Operator):
 
     def origin(self) -> dict[str, Any] | None:
         return None
+
+
+class Identity(Operator):
+    """I; costs no forward pass."""
+
+    def __init__(self, space: Space) -> None:
+        super().__init__(space, positive_semidefinite=True)
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        return {name: part.to(self.dtype, copy=True) for name, part in V.items()}
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        return UnitDiagonal()
+
+    @property
+    def units(self) -> float:
+        return 0.0
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": "identity"}
+
+    def origin(self) -> dict[str, Any] | None:
+        return None
+
+
+class Restriction(Operator):
+    """P A P^T, where P reads a part of A's coordinates: its rows and columns there.
+
+    A product costs a product of A, whose own vectors are as long as its whole selection.
+    """
+
+    def __init__(self, base: Operator, part: Space) -> None:
+        if not isinstance(part, Space):
+            raise HesscopeError(f"Expected a space, from hs.select(problem, ...), got {type(part).__name__}.")
+        self._positions = {c.name: _positions(base.space, c) for c in part.coordinates}
+        super().__init__(part, base.positive_semidefinite)
+        self._base = base
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        whole, count = self._base.space.zeros(vectors.count(V)), vectors.count(V)
+        for name, places in self._positions.items():
+            whole[name].view(count, -1)[:, places] = V[name].reshape(count, -1).to(whole[name].dtype)
+        product = self._base.matmat(whole)
+        return {
+            c.name: product[c.name].reshape(count, -1)[:, self._positions[c.name]].reshape(count, *c.shape)
+            for c in self.space.coordinates
+        }
+
+    @property
+    def units(self) -> float:
+        return self._base.units
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": "restriction", "of": self._base.describe(), "from": self._base.space.size}
+
+    def origin(self) -> dict[str, Any] | None:
+        return self._base.origin()
+
+
+def _positions(space: Space, part: Coordinates) -> Tensor:
+    """Where a part's coordinates of one parameter are among those that the space has of it."""
+    whole = next((c for c in space.coordinates if c.name == part.name), None)
+    if whole is not None and whole.parameter_shape == part.parameter_shape:
+        place = torch.full((math.prod(whole.parameter_shape),), -1)
+        place[whole.flat_indices()] = torch.arange(whole.size)
+        found = place[part.flat_indices()]
+        if bool((found >= 0).all()):
+            return found.to(whole.device)
+    raise HesscopeError(
+        f"Expected a part of the operator's own selection, but {part.name} has coordinates that it has not; select them "
+        "in both."
+    )

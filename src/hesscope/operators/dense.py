@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class FlatOperator(Operator):
 
 
 def operator(
-    matrix: Tensor | Callable[[Tensor], Tensor],
+    matrix: Any,
     size: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -53,7 +54,9 @@ def operator(
     """Any symmetric matrix, or function `matmat` from [n, k] to [n, k], as an operator.
 
     Args:
-        matrix: a square symmetric tensor, or a function; for a function give `size` and, unless float32, `dtype`.
+        matrix: a square symmetric tensor or array; a function, for which give `size` and, unless float32, `dtype`; or
+            SciPy's: a sparse matrix or a `LinearOperator`, the way back from `to_scipy()`. A function and SciPy's are
+            taken at their word to be symmetric (`hesscope.eigs` and other long runs probe it).
 
     Raises:
         HesscopeError: the matrix is not square or not symmetric (relative asymmetry above 1e-3), a function without size.
@@ -63,12 +66,32 @@ def operator(
         >>> hs.operator(torch.diag(torch.tensor([2.0, 1.0]))) @ torch.ones(2)
         tensor([2., 1.])
     """
+    if any(kind.__module__.startswith("scipy.") for kind in type(matrix).__mro__):
+        return _of_scipy(matrix, dtype, device)
     if callable(matrix) and not isinstance(matrix, Tensor):
         if size is None:
             raise HesscopeError("Expected size= with a function: the number of coordinates it works on.")
         return FlatOperator(matrix, size, dtype or torch.float32, torch.device(device or "cpu"), "function")
     A = _symmetric(torch.as_tensor(matrix), dtype, device)
     return FlatOperator(lambda X: A @ X, A.shape[0], A.dtype, A.device, "matrix")
+
+
+def _of_scipy(matrix: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Operator:
+    """A `LinearOperator` or sparse matrix; its products are NumPy's, on the CPU."""
+    from scipy.sparse.linalg import aslinearoperator
+
+    L = aslinearoperator(matrix)
+    if L.shape[0] != L.shape[1] or L.shape[0] == 0:
+        raise HesscopeError(f"Expected a square matrix, got shape {list(L.shape)}.")
+    given = torch.as_tensor(np.zeros(0, dtype=L.dtype)).dtype
+    if given.is_complex:
+        raise HesscopeError(f"Expected a real matrix, got {L.dtype}.")
+    wide = torch.promote_types(dtype or (given if given.is_floating_point else torch.float64), torch.float32)
+
+    def matmat(X_nK: Tensor) -> Tensor:
+        return torch.from_numpy(np.array(L.matmat(X_nK.cpu().numpy()))).to(X_nK.device)
+
+    return FlatOperator(matmat, L.shape[0], wide, torch.device(device or "cpu"), "scipy")
 
 
 def _symmetric(matrix: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:

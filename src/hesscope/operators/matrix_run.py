@@ -109,6 +109,25 @@ class OuterProduct(MatrixRun):
         return {"route": "outer product"}
 
 
+class UnitDiagonal(MatrixRun):
+    """I; costs no product."""
+
+    tasks, products = 1, 0.0
+
+    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+        into_nn.diagonal().add_(weight)
+        return 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        return
+
+    def describe(self) -> dict[str, Any]:
+        return {"route": "identity"}
+
+
 class Weighted(MatrixRun):
     """factor * A."""
 

@@ -75,7 +75,9 @@ def causal_lm(
         HesscopeError: an unknown loss, no such model or data, text shorter than one window, sequences longer than the model's context.
     """
     criterion = _loss(loss)
-    hub = {key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None}
+    hub: dict[str, Any] = {
+        key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None
+    }
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
     loaded = (
@@ -86,7 +88,7 @@ def causal_lm(
     if length is not None and length < 2:
         raise HesscopeError(f"Expected length to be at least 2 (a token and the one it predicts), got {length}.")
     source = read(data, split=split, data_config=data_config, text_column=text_column)
-    encode = _tokenizer(tokenizer, name, hub) if source.kind in ("rows", "texts") else None
+    encode = tokenizer_of(tokenizer, name, hub) if source.kind in ("rows", "texts") else None
     window = length or min(context or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
     if source.kind in ("rows", "texts"):
         found = sequences_of(source, encode, window, sequences, pack)
@@ -96,11 +98,11 @@ def causal_lm(
     return Problem(
         loaded,
         criterion,
-        check_batches(batches, _vocabulary(loaded), context),
+        check_batches(batches, vocabulary_of(loaded), context),
         objective=objective,
         dropout=dropout,
         seed=seed,
-        source=_describe(loaded, name, encode, source, window),
+        source=describe_source(loaded, name, encode, source.name, window),
     )
 
 
@@ -151,7 +153,8 @@ def _first_sequences(batches: Iterable[dict[str, Any]], wanted: int) -> list[dic
     return kept
 
 
-def _tokenizer(tokenizer: Any, model_name: str | None, hub: dict[str, Any]) -> Any:
+def tokenizer_of(tokenizer: Any, model_name: str | None, hub: dict[str, Any]) -> Any:
+    """The tokenizer given, by object or name, or the model's own."""
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
     name = tokenizer or model_name
@@ -160,19 +163,20 @@ def _tokenizer(tokenizer: Any, model_name: str | None, hub: dict[str, Any]) -> A
     return load_tokenizer(name, **hub)
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens the model has embeddings for, where it says so."""
     get: Any = getattr(model, "get_input_embeddings", None)
     embeddings = get() if get is not None else None
     return getattr(embeddings, "num_embeddings", None)
 
 
-def _describe(model: nn.Module, name: str | None, tokenizer: Any, source: Source, length: int) -> dict[str, Any]:
+def describe_source(model: nn.Module, name: str | None, tokenizer: Any, data: str, length: int) -> dict[str, Any]:
     """What the record of a result says about where the problem came from."""
     config = getattr(model, "config", None)
     described = {
         "model_name": name,
         "revision": getattr(config, "_commit_hash", None),
-        "data": source.name,
+        "data": data,
         "length": length,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }

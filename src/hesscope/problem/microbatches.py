@@ -32,22 +32,9 @@ def microbatched(problem: Problem, size: int) -> Problem:
             "parts; make the problem with a smaller batch_size instead."
         )
     parts = [part for b, batch in enumerate(problem.batches) for part in split(batch, size, f"batch {b}")]
-    result = with_batches(problem, parts)
+    result = problem.related(batches=parts)
     _require_additive(problem, size)
     return result
-
-
-def with_batches(problem: Problem, batches: Any) -> Problem:
-    """The same model and loss on other batches."""
-    return Problem(
-        problem.model,
-        problem.loss,
-        batches,
-        objective=problem.objective,
-        dropout=problem.dropout,
-        seed=problem.seed,
-        source=problem.source,
-    )
 
 
 def split(batch: Any, size: int, what: str = "the batch") -> list[Any]:
@@ -88,7 +75,7 @@ def _require_additive(problem: Problem, size: int) -> None:
     if b is None:
         return
     both = split(problem.batches[b], 2 * size)[0]
-    whole, parts = with_batches(problem, [both]), with_batches(problem, split(both, size))
+    whole, parts = problem.related(batches=[both]), problem.related(batches=split(both, size))
     with torch.no_grad():
         together, terms = whole.total(0)
         found = [parts.total(p) for p in range(len(parts.batches))]

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from hesscope.errors import HesscopeError
-from hesscope.losses import Loss, MeanLoss
+from hesscope.losses import Loss, MeanLoss, SplitLoss
 from hesscope.models import borrowed, first_nonfinite_module, named_parameters, parameters, require_one_device
 from hesscope.models.borrow import attention_note
 from hesscope.models.dropout import require_no_dropout
@@ -69,7 +69,6 @@ class Problem:
         self.source = dict(source or {})
         #: Which mask each batch has under frozen dropout: its place in the problem that it was first part of.
         self.places: tuple[int, ...] = tuple(range(len(self.batches)))
-        self._wrapped = _LossModule(model, self.loss)
         self._hashed: tuple[object, str] | None = None
 
     def __repr__(self) -> str:
@@ -113,18 +112,42 @@ class Problem:
         Parameters that are not replaced are constants. `loss` stands in for the problem's own, and `copies` repeats the
         batch's sequences. Raises HesscopeError where the sum is not finite.
         """
+        total, count = self._run((loss or self.loss).total, b, replaced, copies)
+        return self._checked(b, total), count
+
+    def outputs(self, b: int, replaced: dict[str, Tensor] | None = None) -> Tensor:
+        """The model's outputs for batch b, with some parameters replaced; for a loss that passes through them."""
+        outputs = self._run(self.require_split_loss().outputs, b, replaced)
+        if not isinstance(outputs, Tensor):
+            raise HesscopeError(
+                f"Expected the loss's outputs(model, batch) to be a tensor, got {type(outputs).__name__}."
+            )
+        return outputs
+
+    def total_of_outputs(self, b: int, outputs: Tensor) -> Tensor:
+        """The sum of the losses of batch b from the model's outputs. Raises HesscopeError where it is not finite."""
+        return self._checked(b, self.require_split_loss().total_of_outputs(outputs, self.on_device(b))[0])
+
+    def require_split_loss(self) -> SplitLoss:
+        """The loss, known to pass through the model's outputs."""
+        if isinstance(self.loss, SplitLoss):
+            return self.loss
+        raise HesscopeError(
+            "Expected a loss with outputs(model, batch) and total_of_outputs(outputs, batch), for this operator looks at "
+            f"the model's outputs; {type(self.loss).__name__} lacks them, so add them (hs.hessian takes any loss)."
+        )
+
+    def _run(
+        self, function: Callable[[nn.Module, Any], Any], b: int, replaced: dict[str, Tensor] | None, copies: int = 1
+    ) -> Any:
+        """function(model, batch b) in the state in which the batch is run; parameters not replaced are constants."""
         fixed = {name: p.detach() for name, p in named_parameters(self.model).items()}
+        state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
         batch = self.on_device(b)
         if copies > 1:
             batch = tree_map(lambda x: x.repeat(copies, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) else x, batch)
-        module = self._wrapped if loss is None else _LossModule(self.model, loss)
         with self.running(b):
-            state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
-            total, count = functional_call(module, state, (batch,))
-        self._require_scalar(total)
-        if not torch.isfinite(total.detach()).all():
-            raise HesscopeError(self._nonfinite(b, total, batch))
-        return total, count
+            return functional_call(_Applied(self.model, function), state, (batch,))
 
     def on_device(self, b: int) -> Any:
         """Batch b on the model's device."""
@@ -254,12 +277,16 @@ class Problem:
 
     # ---- complaints
 
-    def _require_scalar(self, total: Tensor) -> None:
+    def _checked(self, b: int, total: Tensor) -> Tensor:
+        """The total, known to be one finite number."""
         if total.numel() != 1:
             raise HesscopeError(
                 f"Expected the loss of a batch to be one number, its sum, got a tensor of shape {list(total.shape)}; "
                 "sum it."
             )
+        if not torch.isfinite(total.detach()).all():
+            raise HesscopeError(self._nonfinite(b, total, self.on_device(b)))
+        return total
 
     def _nonfinite(self, b: int, total: Tensor, batch: Any) -> str:
         def run() -> None:
@@ -271,16 +298,16 @@ class Problem:
         return f"The loss of batch {b} is {float(total.detach())}, expected a finite number{where}."
 
 
-class _LossModule(nn.Module):
-    """The loss of a batch as one module, so that `functional_call` can replace parameters for any loss."""
+class _Applied(nn.Module):
+    """A function of the model and a batch as one module, so that `functional_call` can replace parameters for any."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
         self.model = model
-        self._loss = loss
+        self._function = function
 
-    def forward(self, batch: Any) -> tuple[Tensor, int]:
-        return self._loss.total(self.model, batch)
+    def forward(self, batch: Any) -> Any:
+        return self._function(self.model, batch)
 
 
 def _as_loss(loss: Any, count: Callable[[Any], int] | None) -> Loss:

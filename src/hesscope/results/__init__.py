@@ -5,6 +5,7 @@ from hesscope.results.block import Block
 from hesscope.results.convergence import Convergence
 from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
+from hesscope.results.diagonal_study import DiagonalStudy
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
@@ -19,6 +20,7 @@ __all__ = [
     "Convergence",
     "Density",
     "Diagonal",
+    "DiagonalStudy",
     "Eigenpairs",
     "LanczosRun",
     "PerplexityStudy",

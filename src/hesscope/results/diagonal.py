@@ -49,8 +49,15 @@ class Diagonal(Result):
         spread = "exact" if self.method == "exact" else f"relative error about {self.relative_error:.2g}"
         return (
             f"diagonal of {d.numel()} entries, {spread}: sum {float(d.sum()):.5g}, mean {float(d.mean()):.3g}, "
-            f"{float((d < 0).double().mean()):.0%} negative, largest {float(d.max()):.3g}; {self.method}, {self.cost_line()}"
+            f"{float((d < 0).double().mean()):.0%} negative, largest {float(d.max()):.3g}; {self._how()}, {self.cost_line()}"
         )
+
+    def _how(self) -> str:
+        """The method and, where a pilot chose it, that it did."""
+        record = self.provenance.get("estimator") or {}
+        directions = f" with {record['directions']} directions" if record.get("directions") else ""
+        chosen = f" (chosen by {reason})" if (reason := (record.get("chosen") or {}).get("reason")) else ""
+        return f"{self.method}{directions}{chosen}"
 
     def plot(self, path: str | Path) -> Path:
         from hesscope.figures.diagonal import draw_diagonal

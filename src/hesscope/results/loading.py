@@ -14,6 +14,7 @@ from hesscope.results.block import Block
 from hesscope.results.convergence import Convergence
 from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
+from hesscope.results.diagonal_study import DiagonalStudy
 from hesscope.results.eigs import Eigenpairs
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.perplexity import PerplexityStudy
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Result]] = {
             Convergence,
             Density,
             Diagonal,
+            DiagonalStudy,
             Eigenpairs,
             LanczosRun,
             PerplexityStudy,

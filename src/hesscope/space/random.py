@@ -68,6 +68,11 @@ def _first_occurrences(numbers: Tensor) -> Tensor:
     return different[first.argsort()]
 
 
+def uniforms(key: int, indices: Tensor) -> Tensor:
+    """Independent uniform numbers in (0, 1) (float64) for the given positions."""
+    return _uniform(_words(key, indices))
+
+
 def _uniform(words: Tensor) -> Tensor:
     """Numbers in (0, 1) from the upper 53 bits of each word; never exactly zero, for the logarithm's sake."""
     return (_shift_right(words, 11).to(torch.float64) + 0.5) * 2.0**-53

@@ -103,6 +103,15 @@ class Space:
             )
         return {c.name: self._shaped(c, v[c.name])[None] for c in self.coordinates}
 
+    def one(self, v: Tensor | dict[str, Tensor]) -> Vectors:
+        """One vector, given as a flat tensor [n] or as {name: tensor shaped like the selected part}."""
+        if isinstance(v, dict):
+            return self.from_dict(v)
+        if not isinstance(v, Tensor) or v.shape != (self.size,):
+            came = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise HesscopeError(f"Expected one vector, a tensor of shape [{self.size}] or a dictionary, got {came}.")
+        return self.unflatten(v[:, None])
+
     def _shaped(self, c: Coordinates, part: Tensor) -> Tensor:
         if tuple(part.shape) != c.shape:
             raise HesscopeError(

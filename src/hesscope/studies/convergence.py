@@ -16,7 +16,7 @@ from hesscope.algorithms.driver import provenance
 from hesscope.errors import HesscopeError, UnusedParameters
 from hesscope.memory import available_bytes
 from hesscope.operators import PROBLEM_OPERATORS, hessian
-from hesscope.operators.hessian import HessianOfRisk
+from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem, select
 from hesscope.results import Convergence
 from hesscope.space import Space
@@ -119,8 +119,8 @@ class _Study:
         found = block(H)
         total, gradient = 0.0, torch.zeros(0)
         if self._perplexity:
-            of_risk = H if isinstance(H, HessianOfRisk) else hessian(part, self._space, self._engine)
-            assert isinstance(of_risk, HessianOfRisk)
+            of_risk = H if isinstance(H, CurvatureOfRisk) else hessian(part, self._space, self._engine)
+            assert isinstance(of_risk, CurvatureOfRisk)
             risk, g = of_risk.risk_and_gradient()
             total, gradient = risk * part.N, self._space.flatten(g)[:, 0] * part.N
         share = part.N / self._singles.N

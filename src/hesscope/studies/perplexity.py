@@ -16,7 +16,7 @@ from hesscope.engines.base import parameter_values
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes
 from hesscope.operators import hessian
-from hesscope.operators.hessian import HessianOfRisk
+from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem, select
 from hesscope.results import PerplexityStudy
 from hesscope.space import Space
@@ -46,7 +46,7 @@ def perplexity_study(problem: Problem, space: Space | None = None) -> Perplexity
     began = time.perf_counter()
     space = select(problem) if space is None else space
     of_risk = hessian(problem.related(objective="nll"), space)
-    assert isinstance(of_risk, HessianOfRisk)
+    assert isinstance(of_risk, CurvatureOfRisk)
     _require_memory(of_risk.problem, space)
     found = block(of_risk)
     risk, gradient = of_risk.risk_and_gradient()

@@ -1,0 +1,69 @@
+"""Hutchinson's estimator: z * (A z) for random z with independent entries of mean 0 and variance 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hesscope.algorithms.budget import chunk_size
+from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits
+from hesscope.operators import Operator
+from hesscope.results.statistics import RunningMean
+from hesscope.space import Vectors, vectors
+
+#: The variance of one sample's entry i, by distribution: sum_{j != i} A_ij^2, and for normal entries 2 A_ii^2 on top.
+DISTRIBUTIONS = ("rademacher", "gaussian")
+
+
+class Hutchinson(Estimator):
+    """The mean of z * (A z) over independent probes; its standard error is the samples' own.
+
+    Bekas, Kokiopoulou and Saad (2007) divide by the mean of z * z, which for signs is one and for normal numbers would
+    turn the mean biased.
+    """
+
+    description = "diagonal"
+
+    def __init__(self, H: Operator, limits: Limits, seed: int, distribution: str = "rademacher") -> None:
+        super().__init__(H, limits, seed)
+        self._distribution = distribution
+        self._mean = RunningMean()
+
+    @property
+    def probes(self) -> int:
+        return self._mean.count
+
+    def step(self) -> None:
+        m = self.probes
+        stop = min(m + (chunk_size(self._H) if self._limits.fixed else 1), self.expected)
+        Z = self._draw(range(m, stop))
+        add_samples(self._mean, vectors.multiply(Z, self._multiply(Z)))
+
+    def estimate(self) -> Estimate:
+        method = "hutchinson" if self._distribution == "rademacher" else "gaussian"
+        return Estimate(method, self._mean.mean, self._mean.standard_error(), self.probes - 1)
+
+    def own_state(self) -> dict[str, Any]:
+        return mean_state(self._mean)
+
+    def restore_own(self, state: dict[str, Any]) -> None:
+        self._mean = restored_mean(self._H, state)
+
+    def _draw(self, streams: range) -> Vectors:
+        space = self._H.space
+        return (space.rademacher if self._distribution == "rademacher" else space.gaussian)(self._seed, streams)
+
+
+def add_samples(mean: RunningMean, samples: Vectors) -> None:
+    """Take in every vector of samples as one sample."""
+    for k in range(vectors.count(samples)):
+        mean.add({name: part[k] for name, part in samples.items()})
+
+
+def mean_state(mean: RunningMean) -> dict[str, Any]:
+    """A running mean as the state of an iteration keeps it."""
+    return {"count": mean.count, "mean": mean.mean, "squares": mean.squares}
+
+
+def restored_mean(H: Operator, state: dict[str, Any]) -> RunningMean:
+    """The running mean that `mean_state` was taken of."""
+    return RunningMean(state["count"], H.space.place(state["mean"]), H.space.place(state["squares"]))

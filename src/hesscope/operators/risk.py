@@ -1,0 +1,180 @@
+"""A problem's curvature as an operator: the data loop and its one division; the perplexity's by a rank-one update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hesscope.engines import Auto, Engine
+from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.errors import HesscopeError
+from hesscope.models import named_parameters, state_key
+from hesscope.operators.base import Operator
+from hesscope.operators.batch_columns import BatchColumns
+from hesscope.operators.composed import RankOne
+from hesscope.operators.graphs import KeptLinearizations
+from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
+from hesscope.problem import Problem, select
+from hesscope.problem.microbatches import microbatched
+from hesscope.space import Space, Vectors, vectors
+
+
+class CurvatureOfRisk(Operator):
+    """(1/N) sum over batches of what the engine gives for a batch's summed loss: its Hessian, GGN or Fisher matrix.
+
+    `kind` is the operator's name and settings, for the record of a result. With `microbatch` the loop goes over smaller
+    batches of the same sequences.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        space: Space,
+        engine: Engine,
+        graph_memory: int | None,
+        kind: dict[str, Any],
+        positive_semidefinite: bool = False,
+        microbatch: int | None = None,
+    ) -> None:
+        super().__init__(space, positive_semidefinite)
+        self._kind = kind
+        self.problem = problem
+        self.engine = engine
+        self._microbatch = microbatch
+        self._parts = problem if microbatch is None else microbatched(problem, microbatch)
+        self._graphs = KeptLinearizations(self._parts, space, engine, graph_memory)
+        self._units = 0.0
+        self._columns: list[BatchColumns] = []
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        self._units += self.engine.prepare(self._parts, self.space)
+        if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
+            self._measure(self.engine, V)
+        result = self.space.zeros(vectors.count(V))
+        for b in range(len(self._parts.batches)):
+            linearization, built, kept = self._graphs.get(b)
+            before = 0 if built else linearization.passes
+            linearization.add_product(V, into=result, last=not kept)
+            self._spend(b, self.engine.units(built, linearization.passes - before, vectors.count(V)))
+            del linearization  # one that is not kept goes before the next is built
+        vectors.scale_(result, 1.0 / self._parts.N)
+        return result
+
+    def _measure(self, engine: Auto, V: Vectors) -> None:
+        """Let engine="auto" choose; what another engine has made is of no use to the one that takes over."""
+        first, built, kept = self._graphs.get(0)
+        self._spend(0, engine.units(built, 0, 0))
+        before = engine.chosen
+        self._spend(0, engine.measure(self._parts, self.space, V, first, kept))
+        if engine.chosen != before:
+            self._graphs.drop()
+
+    def risk_and_gradient(self) -> tuple[float, Vectors]:
+        """R and its gradient over the selection, from the same graphs."""
+        total, gradient = 0.0, self.space.zeros()
+        for b in range(len(self._parts.batches)):
+            linearization, built, _ = self._graphs.get(b)
+            total += linearization.total
+            vectors.add_(gradient, linearization.gradient())
+            self._spend(b, self.engine.units(built, 0, 0) + self.engine.gradient_units)
+            del linearization
+        return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        """The Hessian's batch by batch, on a graph of its own; an engine asked for by another name is taken at its word."""
+        if not isinstance(self.engine, (Auto, ReverseOverReverse)):
+            return UnitVectors(self)
+        # Graphs kept for products, those of a probe before the run included, make room for the block's own.
+        self._columns.append(BatchColumns(self._parts, self.space, route, self.release))
+        return self._columns[-1]
+
+    def release(self) -> None:
+        """Drop the kept graphs; the next product builds them again."""
+        self._graphs.drop()
+
+    def _spend(self, b: int, units: float) -> None:
+        self._units += units * self._parts.counts[b] / self._parts.N
+
+    @property
+    def units(self) -> float:
+        return self._units + sum(run.units for run in self._columns)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **self._kind,
+            "engine": self.engine.name,
+            "engine_choice": self.engine.note or f"{self.engine.name}, as asked",
+            "microbatch": self._microbatch,
+            "graphs_kept": self._graphs.batches,
+            "graph_bytes": self._graphs.bytes,
+            "engine_error": self._graphs.error,
+        }
+
+    def origin(self) -> dict[str, Any] | None:
+        return self.problem.describe()
+
+
+class CurvatureOfPerplexity(Operator):
+    """P (A + g g^T) with P = exp(R): a rank-one update of the risk's Hessian or GGN, renewed when the parameters change."""
+
+    def __init__(self, of_risk: CurvatureOfRisk) -> None:
+        super().__init__(of_risk.space, of_risk.positive_semidefinite)
+        self._of_risk = of_risk
+        self._current: tuple[object, float, Operator] | None = None
+
+    def _updated(self) -> tuple[float, Operator]:
+        """P and the operator for the parameters as they are now."""
+        key = state_key(self._of_risk.problem.model)
+        if self._current is None or self._current[0] != key:
+            risk, gradient = self._of_risk.risk_and_gradient()
+            perplexity = math.exp(risk)
+            self._current = key, perplexity, perplexity * (self._of_risk + RankOne(self.space, gradient))
+        return self._current[1:]
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        return self._updated()[1].matmat(V)
+
+    def matrix_run(self, route: str) -> MatrixRun:
+        return matrix_run(self._updated()[1], route)
+
+    def release(self) -> None:
+        """Drop the kept graphs; the next product builds them again."""
+        self._of_risk.release()
+
+    @property
+    def units(self) -> float:
+        return self._of_risk.units
+
+    def describe(self) -> dict[str, Any]:
+        perplexity, updated = self._updated()
+        return self._of_risk.describe() | {"perplexity": perplexity, "composed": updated.describe()}
+
+    def origin(self) -> dict[str, Any] | None:
+        return self._of_risk.origin()
+
+
+def own_space(problem: object, space: object) -> Space:
+    """The space, or that of every trainable parameter for None.
+
+    Raises HesscopeError for what is no problem, no space, or another model's space.
+    """
+    if not isinstance(problem, Problem):
+        raise HesscopeError(
+            f"Expected a problem, from hs.causal_lm, hs.supervised or hs.Problem, got {type(problem).__name__}."
+        )
+    space = select(problem) if space is None else space
+    if not isinstance(space, Space):
+        raise HesscopeError(f"Expected a space, from hs.select(problem, ...), got {type(space).__name__}.")
+    shapes = {name: tuple(p.shape) for name, p in named_parameters(problem.model).items()}
+    for c in space.coordinates:
+        if shapes.get(c.name) != c.parameter_shape:
+            raise HesscopeError(
+                f"Expected a selection from this problem's own model, but it has no {c.name!r} of shape "
+                f"{list(c.parameter_shape)}; call hs.select with this problem."
+            )
+    return space
+
+
+def with_objective(of_risk: CurvatureOfRisk) -> Operator:
+    """The operator for the problem's objective: of R itself, or of exp(R)."""
+    return of_risk if of_risk.problem.objective == "nll" else CurvatureOfPerplexity(of_risk)
