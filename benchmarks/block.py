@@ -74,8 +74,9 @@ def mean_loss(model: nn.Module, tokens: Tensor, replaced: dict[str, Tensor]) -> 
 
 def run_theirs(case: Case, model: nn.Module, tokens: Tensor) -> dict[str, Any]:
     """`functional.hessian` in a vector of entries that is written into the weights."""
-    entries = {name: min(count, _THEIR_COLUMNS) for name, count in case.entries.items()}
     weights = {name: p.detach() for name, p in model.named_parameters()}
+    # In the model's order, which is that of hesscope's selections.
+    entries = {name: min(case.entries[name], _THEIR_COLUMNS) for name in weights if name in case.entries}
     start = torch.cat([weights[name].view(-1)[:count] for name, count in entries.items()])
 
     def loss(t: Tensor) -> Tensor:

@@ -30,15 +30,20 @@ def draw_diagonal_study(study: DiagonalStudy, path: Path) -> Path:
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="products", ylabel="relative error |d̂ − d| / |d|")
         budgets, errors = np.asarray(study.budgets, dtype=np.float64), array(study.relative_errors)
-        for i, method in enumerate(study.methods):
-            _curve(axes, budgets, errors[i], method, i)
+        drawn = [_curve(axes, budgets, errors[i], method, i) for i, method in enumerate(study.methods)]
+        if not any(drawn):
+            axes.annotate("no error beyond rounding", (0.5, 0.5), xycoords="axes fraction", ha="center")
+            axes.set(xlim=(budgets[0] / 2, budgets[-1] * 2), ylim=(_SMALLEST, 1.0))
         _guide(axes, budgets, study, errors)
         for name, error in study.references.items():
+            if not _SMALLEST < error < float("inf"):
+                continue
             axes.axhline(error, color=MUTED, linewidth=1.0, linestyle=(0, (1, 2)))
             axes.annotate(name, (0.0, error), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                           fontsize=7.5, color=MUTED)  # fmt: skip
         _mark(axes, study.budgets)
-        axes.legend(loc="lower left")
+        if any(drawn):
+            axes.legend(loc="lower left")
         return save(figure, path)
 
 
@@ -48,15 +53,19 @@ def _subtitle(study: DiagonalStudy) -> list[str]:
     return [what, f"mean of {seeds} seeds, band from the least to the largest" if seeds > 1 else "one seed"]
 
 
-def _curve(axes: Any, budgets: Array, errors: Array, method: str, i: int) -> None:
+def _curve(axes: Any, budgets: Array, errors: Array, method: str, i: int) -> bool:
+    """Draw one method; whether there was anything to draw."""
     mean = errors.mean(-1)
     shown = mean > _SMALLEST
+    if not shown.any():
+        return False
     colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
     name = subject.method_name(method) + ("" if shown.all() else " (exact to rounding elsewhere)")
     axes.plot(budgets[shown], mean[shown], color=colour, marker=marker, markersize=4, linewidth=1.4, label=name)
     if errors.shape[-1] > 1:
         low, high = np.maximum(errors.min(-1), _SMALLEST), np.maximum(errors.max(-1), _SMALLEST)
         axes.fill_between(budgets[shown], low[shown], high[shown], color=colour, alpha=0.13, linewidth=0)
+    return True
 
 
 def _guide(axes: Any, budgets: Array, study: DiagonalStudy, errors: Array) -> None:

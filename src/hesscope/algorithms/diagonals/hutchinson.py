@@ -66,4 +66,6 @@ def mean_state(mean: RunningMean) -> dict[str, Any]:
 
 def restored_mean(H: Operator, state: dict[str, Any]) -> RunningMean:
     """The running mean that `mean_state` was taken of."""
+    if state["count"] == 0:
+        return RunningMean()
     return RunningMean(state["count"], H.space.place(state["mean"]), H.space.place(state["squares"]))
