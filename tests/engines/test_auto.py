@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
+from hesscope.algorithms.identity import identity
 from hesscope.engines import auto
 from hesscope.engines.base import Linearization
 from hesscope.engines.forward_mode import ForwardOverReverse, ReverseOverForward
@@ -164,3 +165,14 @@ def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         H @ vectors_of(H)
     assert len(calls) == 1
+
+
+def test_a_run_that_was_measured_still_continues_itself(clock: dict[str, float]) -> None:
+    """What the clock said is no part of what a run is."""
+    clock["forward-over-reverse"] = 0.5 * QUICK
+    H = operator()
+    before = identity(H, "trace", {}, {})
+    for _ in range(2):
+        H @ vectors_of(H)
+    assert choice(H).startswith("forward-over-reverse: seconds a product")
+    assert identity(H, "trace", {}, {}) == before

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
+from hesscope.operators.matrix_run import matrix_run
 from hesscope.problem.microbatches import split
 from oracles import relative
 
@@ -43,6 +44,16 @@ def test_graphs_are_those_of_the_parts() -> None:
     assert H.units == pytest.approx(whole.units)
     # The result is still one of the caller's problem.
     assert H.origin() == whole.origin()
+
+
+@pytest.mark.parametrize("engine", ["auto", "reverse-over-reverse"])
+def test_a_block_goes_over_the_parts(engine: str) -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    space = hs.select(problem, "transformer.h.1.attn.c_proj.weight[:3, :3]")
+    H, whole = (hs.hessian(problem, space, engine, microbatch=size) for size in (1, None))
+    assert (matrix_run(H, "weights").tasks, matrix_run(whole, "weights").tasks) == (6, 3)
+    found, expected = hs.block(H).matrix, hs.block(whole).matrix
+    assert relative(torch.as_tensor(found), torch.as_tensor(expected)) < 1e-12
 
 
 def test_examples_of_other_losses_are_split_too() -> None:
