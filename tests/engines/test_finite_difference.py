@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
+from custom_functions import once_problem
 from hesscope.engines import make_engine
 from oracles import relative
 
@@ -76,31 +77,6 @@ def test_the_whole_operator_divides_once() -> None:
     assert difference.units == pytest.approx(12 * space.size)
 
 
-class Once(torch.autograd.Function):
-    """x^4, whose gradient cannot be differentiated again: what fused kernels are like."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.pow(4)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return 4 * g * x.pow(3)
-
-
-def once_problem() -> tuple[hs.Problem, float]:
-    """The mean of (w x)^8 and its second derivative in w."""
-    model = nn.Linear(1, 1, bias=False).double()
-    with torch.no_grad():
-        model.weight.fill_(1.5)
-    batches = [torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[0.5]]).double()]
-    problem = hs.Problem(model, lambda m, b: Once.apply(m(b)).square().mean(), batches, count=len)
-    return problem, 56 * 1.5**6 * (1 + 2**8 + 0.5**8) / 3
-
-
 def test_a_loss_without_second_derivatives_by_autograd() -> None:
     """What finite differences are for."""
     problem, expected = once_problem()
@@ -118,6 +94,8 @@ def test_autograd_does_not_answer_where_it_has_no_second_derivative() -> None:
 def test_an_unknown_engine() -> None:
     problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
     with pytest.raises(
-        hs.HesscopeError, match="Expected engine to be auto, reverse-over-reverse or finite-difference, got 'x'"
+        hs.HesscopeError,
+        match="Expected engine to be auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward or "
+        "finite-difference, got 'x'",
     ):
         hs.hessian(problem, engine="x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -424,6 +425,16 @@ def test_what_has_no_fisher_matrix_is_refused() -> None:
     for make in (hs.fisher, hs.empirical_fisher):
         with pytest.raises(hs.HesscopeError, match=r"Expected objective='nll' .*exp\(R\) is no log-likelihood"):
             make(perplexity)
+
+
+@pytest.mark.parametrize("make", [hs.ggn, hs.fisher, hs.empirical_fisher])
+def test_the_record_says_which_engine_ran(make: Callable[..., hs.Operator]) -> None:
+    chosen = [make(problem_with("classes"), engine=name).describe() for name in ("auto", "reverse-over-reverse")]
+    assert [found["engine_choice"] for found in chosen] == [
+        "reverse-over-reverse: the only one through the outputs",
+        "reverse-over-reverse, as asked",
+    ]
+    assert {found["engine"] for found in chosen} == {"reverse-over-reverse"}
 
 
 class Once(torch.autograd.Function):

@@ -51,7 +51,7 @@ class CommonOptions:
     operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian, ggn, fisher or empirical-fisher.")] = "hessian"  # fmt: skip
     per: Annotated[str | None, _option("--per", panel=_WHAT, help="Gradients of a Fisher matrix: token (default) or sequence.")] = None  # fmt: skip
     samples: Annotated[int | None, _option("--samples", panel=_WHAT, help="Label sets that --operator fisher draws from the model; 1 by default.")] = None  # fmt: skip
-    engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse or finite-difference.")] = "auto"  # fmt: skip
+    engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward (all exact) or finite-difference.")] = "auto"  # fmt: skip
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
     output_dir: Annotated[Path | None, _option("--output-dir", panel=_OUTPUT, help="Folder to write; runs/VERB by default.")] = None  # fmt: skip
     overwrite: Annotated[bool, _option("--overwrite", panel=_OUTPUT, help="Replace a run that is in that folder.")] = False  # fmt: skip

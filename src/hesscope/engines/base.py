@@ -27,6 +27,8 @@ class Linearization(ABC):
     error: float = 0.0
     #: Selected parameters on which this batch's loss does not depend.
     unused: list[str]
+    #: Passes over the parameters that products have made so far, where an engine shares them between a call's vectors.
+    passes: int = 0
 
     @abstractmethod
     def gradient(self) -> Vectors:
@@ -44,11 +46,22 @@ class Engine(ABC):
     """Makes linearizations. Costs are in forward passes of the batch."""
 
     name: str
-    #: Cost of a linearization, and of each vector's product on it.
+    #: Cost of a linearization, of a pass that a product's vectors share, and of each vector's product.
     build_units: float
+    pass_units: float = 0.0
     product_units: float
     #: Cost of the gradient on a linearization.
     gradient_units: float = 0.0
+    #: What the engine has to say about itself, for the record of a result.
+    note: str = ""
+
+    def units(self, built: int, passes: int, products: int) -> float:
+        """The cost of so many linearizations, passes and products."""
+        return self.build_units * built + self.pass_units * passes + self.product_units * products
+
+    def prepare(self, problem: Problem, space: Space) -> float:
+        """Look at the problem before the first product; returns what that cost, in passes over all the data."""
+        return 0.0
 
     @abstractmethod
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
@@ -64,3 +77,14 @@ def parameter_values(problem: Problem, space: Space) -> dict[str, Tensor]:
         )
     parameters = named_parameters(problem.model)
     return {name: parameters[name].detach() for name in space.names}
+
+
+def gradient_parts(problem: Problem, b: int, values: dict[str, Tensor]) -> tuple[float, dict[str, Tensor | None]]:
+    """The loss of batch b and its gradient at these values; None for a parameter that the loss does not use."""
+    leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
+    with torch.enable_grad():
+        total, _ = problem.total(b, leaves)
+        if not total.requires_grad:
+            return float(total), dict.fromkeys(leaves)
+        parts = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return float(total.detach()), dict(zip(leaves, parts, strict=True))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscope.engines.base import Engine, Linearization, parameter_values
+from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -86,13 +86,10 @@ class _Differences(Linearization):
         }
 
     def _gradient(self, values: dict[str, Tensor]) -> Vectors:
-        leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
-        with torch.enable_grad():
-            total, _ = self._problem.total(self._b, leaves)
+        _, parts = gradient_parts(self._problem, self._b, values)
         result = self._space.zeros()
-        if total.requires_grad:
-            parts = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            for c, g in zip(self._space.coordinates, parts, strict=True):
-                if g is not None:
-                    result[c.name][0] = c.gather(g)
+        for c in self._space.coordinates:
+            part = parts[c.name]
+            if part is not None:
+                result[c.name][0] = c.gather(part)
         return result

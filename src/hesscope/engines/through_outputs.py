@@ -39,8 +39,8 @@ class ThroughOutputs(Engine):
     product_units = 4.0
     gradient_units = 2.0
 
-    def __init__(self, middle: Middle) -> None:
-        self._middle = middle
+    def __init__(self, middle: Middle, note: str = "") -> None:
+        self._middle, self.note = middle, note
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return _OutputGraph(problem, b, space, self._middle)
@@ -52,7 +52,7 @@ def make_output_engine(name: str, middle: Middle) -> Engine:
         raise HesscopeError(
             f"Expected engine to be auto or {ThroughOutputs.name} for an operator through the outputs, got {name!r}."
         )
-    return ThroughOutputs(middle)
+    return ThroughOutputs(middle, f"{ThroughOutputs.name}: the only one through the outputs" if name == "auto" else "")
 
 
 class _OutputGraph(Linearization):

@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 IGNORED = -100
 
 
 def summed_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """The sum over rows of -log softmax(logits)[target], in nats; targets of -100 do not count. Twice differentiable."""
+    if has_torch_function((logits_TV,)):
+        # Torch's function modes see this as one operation, as they see its own; forward mode replaces it.
+        result: Tensor = handle_torch_function(summed_cross_entropy, (logits_TV,), logits_TV, targets_T)
+        return result
     total: Tensor = _Sum.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
     return total
 
@@ -28,13 +33,6 @@ def cross_entropy_residual(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     valid_T1 = (targets_T != IGNORED)[:, None]
     p_TV = torch.softmax(logits_TV, -1).masked_fill_(~valid_T1, 0.0)
     return p_TV.scatter_add_(1, targets_T.clamp(min=0)[:, None], -valid_T1.to(p_TV.dtype))
-
-
-def cross_entropy_hessian_product(logits_TV: Tensor, targets_T: Tensor, u_TV: Tensor) -> Tensor:
-    """H_t u_t = p_t * (u_t - <p_t, u_t>) in row t; rows whose target is ignored are zero."""
-    p_TV = torch.softmax(logits_TV, -1).masked_fill_((targets_T == IGNORED)[:, None], 0.0)
-    mean_T1: Tensor = torch.linalg.vecdot(p_TV, u_TV)[:, None]
-    return (u_TV - mean_T1).mul_(p_TV)
 
 
 class _Sum(torch.autograd.Function):

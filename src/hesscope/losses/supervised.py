@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hesscope.errors import HesscopeError
-from hesscope.losses.cross_entropy import IGNORED, cross_entropy_hessian_product, cross_entropy_residual
+from hesscope.losses.cross_entropy import IGNORED, cross_entropy_residual
+from hesscope.losses.output_hessian import cross_entropy_hessian_product
 from hesscope.losses.sampling import sample_classes, sample_normal
 from hesscope.losses.tokens import raised
 

@@ -7,12 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hesscope.losses.cross_entropy import (
-    IGNORED,
-    cross_entropy_hessian_product,
-    cross_entropy_residual,
-    summed_cross_entropy,
-)
+from hesscope.losses.cross_entropy import IGNORED, cross_entropy_residual, summed_cross_entropy
+from hesscope.losses.output_hessian import cross_entropy_hessian_product
 from hesscope.losses.sampling import sample_classes
 
 

@@ -10,7 +10,11 @@ from hesscope.space import Space
 
 
 def hessian(
-    problem: Problem, space: Space | None = None, engine: str = "auto", graph_memory: int | None = None
+    problem: Problem,
+    space: Space | None = None,
+    engine: str = "auto",
+    graph_memory: int | None = None,
+    microbatch: int | None = None,
 ) -> Operator:
     """The Hessian of the problem's objective over a space.
 
@@ -23,11 +27,14 @@ def hessian(
     Args:
         problem: what is differentiated.
         space: from `hesscope.select`; every trainable parameter by default.
-        engine: "auto" or the name of an engine.
+        engine: "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward" (all exact), "finite-difference", or
+            "auto": the first of them, unless a measurement in the course of a long run shows another to be clearly faster.
+            `describe()["engine_choice"]` says what was chosen and why.
         graph_memory: bytes that graphs kept between products may take; half of the free memory by default, 0 keeps none.
+        microbatch: run so many sequences at once at most, whatever the batches; less memory, the same answer.
 
     Raises:
-        HesscopeError: an unknown engine, or a loss that is not finite.
+        HesscopeError: an unknown engine, a loss that is not finite, or batches that cannot be split.
 
     Example:
         >>> import torch, hesscope as hs
@@ -37,4 +44,7 @@ def hessian(
         tensor([1., 4.])
     """
     space = own_space(problem, space)
-    return with_objective(CurvatureOfRisk(problem, space, make_engine(engine), graph_memory, {"operator": "hessian"}))
+    kind = {"operator": "hessian"}
+    return with_objective(
+        CurvatureOfRisk(problem, space, make_engine(engine), graph_memory, kind, microbatch=microbatch)
+    )

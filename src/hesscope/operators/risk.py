@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hesscope.engines import Engine
+from hesscope.engines import Auto, Engine
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import HesscopeError
 from hesscope.models import named_parameters, state_key
@@ -15,13 +15,15 @@ from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
 from hesscope.problem import Problem, select
+from hesscope.problem.microbatches import microbatched
 from hesscope.space import Space, Vectors, vectors
 
 
 class CurvatureOfRisk(Operator):
     """(1/N) sum over batches of what the engine gives for a batch's summed loss: its Hessian, GGN or Fisher matrix.
 
-    `kind` is the operator's name and settings, for the record of a result.
+    `kind` is the operator's name and settings, for the record of a result. With `microbatch` the loop goes over smaller
+    batches of the same sequences.
     """
 
     def __init__(
@@ -32,42 +34,58 @@ class CurvatureOfRisk(Operator):
         graph_memory: int | None,
         kind: dict[str, Any],
         positive_semidefinite: bool = False,
+        microbatch: int | None = None,
     ) -> None:
         super().__init__(space, positive_semidefinite)
         self._kind = kind
         self.problem = problem
         self.engine = engine
-        self._graphs = KeptLinearizations(problem, space, engine, graph_memory)
+        self._microbatch = microbatch
+        self._parts = problem if microbatch is None else microbatched(problem, microbatch)
+        self._graphs = KeptLinearizations(self._parts, space, engine, graph_memory)
         self._units = 0.0
         self._columns: list[BatchColumns] = []
 
     def _matmat(self, V: Vectors) -> Vectors:
+        self._units += self.engine.prepare(self._parts, self.space)
+        if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
+            self._measure(self.engine, V)
         result = self.space.zeros(vectors.count(V))
-        for b in range(len(self.problem.batches)):
+        for b in range(len(self._parts.batches)):
             linearization, built, kept = self._graphs.get(b)
+            before = 0 if built else linearization.passes
             linearization.add_product(V, into=result, last=not kept)
-            self._spend(b, self.engine.build_units * built + self.engine.product_units * vectors.count(V))
+            self._spend(b, self.engine.units(built, linearization.passes - before, vectors.count(V)))
             del linearization  # one that is not kept goes before the next is built
-        vectors.scale_(result, 1.0 / self.problem.N)
+        vectors.scale_(result, 1.0 / self._parts.N)
         return result
+
+    def _measure(self, engine: Auto, V: Vectors) -> None:
+        """Let engine="auto" choose; what another engine has made is of no use to the one that takes over."""
+        first, built, kept = self._graphs.get(0)
+        self._spend(0, engine.units(built, 0, 0))
+        before = engine.chosen
+        self._spend(0, engine.measure(self._parts, self.space, V, first, kept))
+        if engine.chosen != before:
+            self._graphs.drop()
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
         """R and its gradient over the selection, from the same graphs."""
         total, gradient = 0.0, self.space.zeros()
-        for b in range(len(self.problem.batches)):
+        for b in range(len(self._parts.batches)):
             linearization, built, _ = self._graphs.get(b)
             total += linearization.total
             vectors.add_(gradient, linearization.gradient())
-            self._spend(b, self.engine.build_units * built + self.engine.gradient_units)
+            self._spend(b, self.engine.units(built, 0, 0) + self.engine.gradient_units)
             del linearization
-        return total / self.problem.N, vectors.scale(gradient, 1.0 / self.problem.N)
+        return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)
 
     def matrix_run(self, route: str) -> MatrixRun:
-        """For the Hessian batch by batch, on a graph of its own; an engine that is not exact is taken at its word."""
-        if not isinstance(self.engine, ReverseOverReverse):
+        """The Hessian's batch by batch, on a graph of its own; an engine asked for by another name is taken at its word."""
+        if not isinstance(self.engine, (Auto, ReverseOverReverse)):
             return UnitVectors(self)
         # Graphs kept for products, those of a probe before the run included, make room for the block's own.
-        self._columns.append(BatchColumns(self.problem, self.space, route, self.release))
+        self._columns.append(BatchColumns(self._parts, self.space, route, self.release))
         return self._columns[-1]
 
     def release(self) -> None:
@@ -75,7 +93,7 @@ class CurvatureOfRisk(Operator):
         self._graphs.drop()
 
     def _spend(self, b: int, units: float) -> None:
-        self._units += units * self.problem.counts[b] / self.problem.N
+        self._units += units * self._parts.counts[b] / self._parts.N
 
     @property
     def units(self) -> float:
@@ -85,6 +103,8 @@ class CurvatureOfRisk(Operator):
         return {
             **self._kind,
             "engine": self.engine.name,
+            "engine_choice": self.engine.note or f"{self.engine.name}, as asked",
+            "microbatch": self._microbatch,
             "graphs_kept": self._graphs.batches,
             "graph_bytes": self._graphs.bytes,
             "engine_error": self._graphs.error,
