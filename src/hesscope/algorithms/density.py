@@ -133,4 +133,4 @@ class _Quadrature(Iteration):
         start = vectors.scale(
             self._H.space.rademacher(self._seed, [f"density/{self._probe}"]), self._H.space.size**-0.5
         )
-        return Krylov(self._H, start, self._seed, restart=False)
+        return Krylov(self._H, start, self._seed, restart=False, capacity=self._steps)

@@ -53,7 +53,7 @@ def lanczos(
         "keep_basis": keep_basis,
         "start": None if start is None else _digest(first),
     }
-    run = LanczosIteration(H, Krylov(H, first, seed, restart=False), steps, "lanczos")
+    run = LanczosIteration(H, Krylov(H, first, seed, restart=False, capacity=steps), steps, "lanczos")
     spent = drive(H, run, options, checkpoint)
     values, S = run.krylov.ritz()
     basis = dict(run.krylov.basis) if keep_basis else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from hesscope.engines import Engine
@@ -14,6 +15,7 @@ from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
+from hesscope.operators.sampled import sample
 from hesscope.problem import Problem, select
 from hesscope.space import Space, Vectors, vectors
 
@@ -42,14 +44,21 @@ class CurvatureOfRisk(Operator):
         self._columns: list[BatchColumns] = []
 
     def _matmat(self, V: Vectors) -> Vectors:
+        return self.product_over(range(len(self.problem.batches)), V)
+
+    def product_over(self, batches: Sequence[int], V: Vectors) -> Vectors:
+        """What these batches contribute to the product: (1/N) times their sum."""
         result = self.space.zeros(vectors.count(V))
-        for b in range(len(self.problem.batches)):
+        for b in batches:
             linearization, built, kept = self._graphs.get(b)
             linearization.add_product(V, into=result, last=not kept)
             self._spend(b, self.engine.build_units * built + self.engine.product_units * vectors.count(V))
             del linearization  # one that is not kept goes before the next is built
         vectors.scale_(result, 1.0 / self.problem.N)
         return result
+
+    def sampled(self, batches: int, seed: int, draw: int) -> Operator:
+        return sample(self, len(self.problem.batches), batches, seed, draw)
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
         """R and its gradient over the selection, from the same graphs."""
