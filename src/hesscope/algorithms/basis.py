@@ -1,6 +1,6 @@
 """Where an orthonormal basis is kept: with the parameters, in main memory, or on disk.
 
-Shape legend: n coordinates; m vectors so far; l vectors after a restart; K vectors formed.
+Shape legend: n coordinates; m vectors so far; p vectors after a restart; K vectors formed.
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ class Basis:
         """Q S, with every part on its parameter's device."""
         return self._space.place(self._space.combine(self.rows, S_mK))
 
-    def rotate(self, S_ml: Tensor) -> None:
+    def rotate(self, S_mp: Tensor) -> None:
         """Q <- Q S in place, in pieces: a restart needs no second basis."""
-        l = S_ml.shape[1]
+        p = S_mp.shape[1]
         for rows in self._rows.values():
             flat = rows.view(rows.shape[0], -1)
-            S = S_ml.T.to(flat.device, flat.dtype)
+            S = S_mp.T.to(flat.device, flat.dtype)
             for a in range(0, flat.shape[1], _CHUNK):
-                flat[:l, a : a + _CHUNK] = S @ flat[: self.m, a : a + _CHUNK]
-        self.m = l
+                flat[:p, a : a + _CHUNK] = S @ flat[: self.m, a : a + _CHUNK]
+        self.m = p
 
     def restore(self, rows: Vectors) -> None:
         """Take these vectors, such as those of a checkpoint."""

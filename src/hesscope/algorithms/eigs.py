@@ -86,29 +86,40 @@ def eigs(
     if method == "power":
         if which != "LM" or max_basis is not None:
             raise HesscopeError("Expected which='LM' and no max_basis with method='power'; use method='lanczos'.")
-        return power(H, k, tol, max_products, seed, checkpoint, given, momentum, batches, options)
+        return _told(power(H, k, tol, max_products, seed, checkpoint, given, momentum, batches, options))
     if momentum != 0 or batches is not None:
         raise HesscopeError("Expected momentum and batches only with method='power', got them with method='lanczos'.")
     home = Home.of(basis_device, basis_folder)
     products = max(_DEFAULT_STEPS, 20 * k) if max_products is None else max_products
     search = _Search(H, k, which, tol, products, _capacity(H, k, max_basis, home), seed, given, home)
     spent = drive(H, search, options | {"max_basis": max_basis}, checkpoint)
-    pairs = Eigenpairs(**spent, which=which, eigenvalues=search.values, vectors=search.vectors(), tol=tol,
-                       residuals=search.residuals, converged=search.converged, steps=search.steps, seed=seed,
-                       method="lanczos", eigenvalue_standard_error=torch.zeros(k, dtype=torch.float64))  # fmt: skip
-    if not search.converged:
-        warn_not_converged(pairs, search.good)
+    pairs = Eigenpairs(
+            **spent,
+            which=which,
+            eigenvalues=search.values,
+            vectors=search.vectors(),
+            residuals=search.residuals,
+            tol=tol,
+            converged=search.converged,
+            steps=search.steps,
+            seed=seed,
+            method="lanczos",
+            eigenvalue_standard_error=torch.zeros(k, dtype=torch.float64),
+        )  # fmt: skip
+    return _told(pairs)
+
+
+def _told(pairs: Eigenpairs) -> Eigenpairs:
+    """The pairs; with a warning where some missed the tolerance."""
+    if not pairs.converged:
+        missed = int((pairs.residuals > pairs.tol * pairs.eigenvalues.abs()).sum())
+        warnings.warn(
+            f"{missed} of {len(pairs.residuals)} eigenpairs missed tol={pairs.tol:g} after {pairs.products} products; "
+            "their measured residuals are in the result; allow more with max_products.",
+            HesscopeWarning,
+            stacklevel=3,
+        )
     return pairs
-
-
-def warn_not_converged(pairs: Eigenpairs, good: Tensor) -> None:
-    """Say how many pairs missed the tolerance."""
-    warnings.warn(
-        f"{int((~good).sum())} of {len(good)} eigenpairs missed tol={pairs.tol:g} after {pairs.products} products; their "
-        "measured residuals are in the result; allow more with max_products.",
-        HesscopeWarning,
-        stacklevel=3,
-    )
 
 
 def _require(H: Operator, k: int, which: str, tol: float, max_products: int | None, method: str) -> None:

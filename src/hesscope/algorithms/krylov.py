@@ -55,12 +55,12 @@ class Krylov:
 
     @property
     def T(self) -> Tensor:
-        """The projected operator, [m, m] float64: tridiagonal, with an arrow's head of l columns after a restart."""
+        """The projected operator, [m, m] float64: tridiagonal, with an arrow's head of p columns after a restart."""
         off = torch.tensor(self.betas[: max(self.m - 1, 0)], dtype=torch.float64)
         T = torch.diag(torch.tensor(self.alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-        l = len(self._arrow)
-        if l < self.m:
-            T[l, :l] = T[:l, l] = self._arrow
+        p = len(self._arrow)
+        if p < self.m:
+            T[p, :p] = T[:p, p] = self._arrow
         return T
 
     @property
@@ -108,7 +108,9 @@ class Krylov:
         T = self.T
         (before, S_before), (after, S_after) = torch.linalg.eigh(T[:c, :c]), torch.linalg.eigh(T[c:, c:])
         order = torch.cat([before, after]).argsort(stable=True)
-        return torch.cat([before, after])[order], torch.block_diag(S_before, S_after)[:, order]
+        S = T.new_zeros(T.shape)
+        S[:c, :c], S[c:, c:] = S_before, S_after
+        return torch.cat([before, after])[order], S[:, order]
 
     def residuals(self, values: Tensor, S_mK: Tensor) -> Tensor:
         """|A v - lambda v| for v = Q s, from the products that were made: A v = sum_j s_j (A q_j).
@@ -116,7 +118,8 @@ class Krylov:
         By the identity it is |K s - lambda s|, what noise leaves inside the basis, and |beta_m s_m|, what lies outside.
         """
         inside = (self._K @ S_mK - S_mK * values).norm(dim=0)
-        return (inside**2 + (self.betas[-1] * S_mK[-1]) ** 2 + (S_mK.abs().T @ self._lost) ** 2).sqrt()
+        outside, lost = self.betas[-1] * S_mK[-1], S_mK.abs().T @ self._lost
+        return torch.sqrt(inside**2 + outside**2 + lost**2)
 
     def combine(self, S_mK: Tensor) -> Vectors:
         """Unit vectors along Q s."""
@@ -131,12 +134,12 @@ class Krylov:
         """
         closed = S[self.newest :, keep].norm(dim=0) == 0 if self.newest else torch.zeros(len(keep), dtype=torch.bool)
         keep = torch.cat([keep[closed], keep[~closed]])
-        S_ml, c, pending = S[:, keep], int(closed.sum()), self._starts[-1] == self.m
-        K_ml = self._K @ S_ml
-        inside = S_ml.T @ K_ml
-        self._lost = ((K_ml - S_ml @ inside).norm(dim=0) ** 2 + (S_ml.abs().T @ self._lost) ** 2).sqrt()
-        self._arrow = self.betas[-1] * S_ml[-1]
-        self._Q.rotate(S_ml)
+        S_mp, c, pending = S[:, keep], int(closed.sum()), self._starts[-1] == self.m
+        K_mp = self._K @ S_mp
+        inside = S_mp.T @ K_mp
+        self._lost = ((K_mp - S_mp @ inside).norm(dim=0) ** 2 + (S_mp.abs().T @ self._lost) ** 2).sqrt()
+        self._arrow = self.betas[-1] * S_mp[-1]
+        self._Q.rotate(S_mp)
         self._K, self.alphas, self.betas = inside, values[keep].tolist(), [0.0] * len(keep)
         self._starts = sorted({0, c, *([self.m] if pending else [])})
 
@@ -155,11 +158,11 @@ class Krylov:
 
     def _note_coefficients(self, h_m: Tensor) -> None:
         """K's new column, and its new row: what couples the new vector to those before it."""
-        m, l = self.m, len(self._arrow)
+        m, p = self.m, len(self._arrow)
         K = torch.zeros(m, m, dtype=torch.float64)
         K[: m - 1, : m - 1], K[:, m - 1] = self._K, h_m
-        if m - 1 == l:
-            K[l, :l] = self._arrow
+        if m - 1 == p:
+            K[p, :p] = self._arrow
         elif m > 1:
             K[m - 1, m - 2] = self.betas[-1]
         self._K = K

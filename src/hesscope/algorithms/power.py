@@ -40,6 +40,9 @@ def power(
     The plain form converges by |lambda_2 / lambda_1| a product, the accelerated one with beta = lambda_2^2 / 4 by about
     the same at the square root of the gap. Neither tells lambda from -lambda apart where both are eigenvalues.
 
+    Pairs found one after the other are coupled by their errors, so at the end the projection onto all of them is
+    diagonalised (Rayleigh and Ritz) on the products that were made last; values and residuals are those after it.
+
     The stochastic form, with `batches`, takes every product over so many batches, drawn anew without replacement: an
     unbiased product. Its iterate settles in a ball of noise. Then the quotients <v, A_r v> of the fixed v over fresh
     draws r = 1..R, independent of v, are averaged: an unbiased Rayleigh quotient, with the standard error of the mean. The
@@ -55,17 +58,13 @@ def power(
     else:
         run = _Stochastic(H, k, tol, most, seed, given, momentum, batches)
     spent = drive(H, run, options, checkpoint)
-    values, residuals, errors = (torch.tensor(x, dtype=torch.float64) for x in (run.values, run.residuals, run.errors))
+    values, residuals, found = run.pairs()
+    errors = torch.tensor(run.errors, dtype=torch.float64)
     order = values.abs().argsort(descending=True, stable=True)
     good = (residuals <= torch.clamp(max(tol, rounding(H)) * values.abs(), min=run.floor))[order]
-    pairs = Eigenpairs(**spent, which="LM", eigenvalues=values[order], vectors=run.found(order), tol=tol,
-                       residuals=residuals[order], converged=bool(good.all()), steps=run.made, seed=seed, method="power",
-                       eigenvalue_standard_error=errors[order], degrees_of_freedom=run.degrees)  # fmt: skip
-    if not pairs.converged:
-        from hesscope.algorithms.eigs import warn_not_converged
-
-        warn_not_converged(pairs, good)
-    return pairs
+    return Eigenpairs(**spent, which="LM", eigenvalues=values[order], vectors=H.space.combine(found, torch.eye(k, dtype=torch.float64)[:, order]), tol=tol,
+                      residuals=residuals[order], converged=bool(good.all()), steps=run.made, seed=seed, method="power",
+                      eigenvalue_standard_error=errors[order], degrees_of_freedom=run.degrees)  # fmt: skip
 
 
 class _Power(Iteration):
@@ -91,9 +90,10 @@ class _Power(Iteration):
     def note(self) -> str:
         return f"pair {min(len(self.values) + 1, self._k)} of {self._k}"
 
-    def found(self, order: Tensor) -> Vectors:
-        """The vectors, in this order."""
-        return self._H.space.combine(self._V.rows, torch.eye(self._k, dtype=torch.float64)[:, order])
+    def pairs(self) -> tuple[Tensor, Tensor, Vectors]:
+        """Eigenvalues, residuals and unit vectors."""
+        values, residuals = (torch.tensor(x, dtype=torch.float64) for x in (self.values, self.residuals))
+        return values, residuals, self._V.rows
 
     def state(self) -> dict[str, Any]:
         return {"made": self.made, "floor": self.floor, "values": self.values, "residuals": self.residuals,
@@ -128,7 +128,7 @@ class _Power(Iteration):
             self._before, self._v = vectors.scale(self._v, 1.0 / norm), vectors.scale(new, 1.0 / norm)
 
     def _accept(self, value: float, residual: float, error: float) -> None:
-        self._V.append(unit_columns(self._H, self._deflated(self._v)))
+        self._V.append(self._v)
         self.values.append(value)
         self.residuals.append(residual)
         self.errors.append(error)
@@ -140,13 +140,29 @@ class _Power(Iteration):
 
 
 class _Deterministic(_Power):
-    """A residual with every product, since that is A v."""
+    """A residual with every product, since that is A v; what couples it to the pairs found before is left to the end."""
 
     def __init__(
         self, H: Operator, k: int, tol: float, most: int, seed: int, given: Vectors | None, momentum: float | str
     ) -> None:
         self._momentum = momentum
+        self._AV = H.space.zeros(k)
         super().__init__(H, k, tol, most, seed, given)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"products": self._AV}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self._AV = self._H.space.place(state["products"])
+
+    def pairs(self) -> tuple[Tensor, Tensor, Vectors]:
+        space, V = self._H.space, self._V.rows
+        inner = space.inner(V, self._AV)
+        values, S = torch.linalg.eigh(0.5 * (inner + inner.T))
+        V = space.combine(V, S)
+        left = vectors.add(space.combine(self._AV, S), space.combine(V, torch.diag(values)), -1.0)
+        return values, space.norms(left), V
 
     def step(self) -> None:
         space, v = self._H.space, unit_columns(self._H, self._v)
@@ -154,11 +170,14 @@ class _Deterministic(_Power):
         require_finite(self._H, w)
         self.made += 1
         value = float(space.inner(v, w))
-        residual = float(space.norms(vectors.add(w, v, -value)))
+        residual = float(space.norms(self._deflated(vectors.add(w, v, -value))))
         self.floor = max(self.floor, 10 * torch.finfo(self._H.dtype).eps * float(space.norms(w)))
-        small = residual <= max(max(self._tol, rounding(self._H)) * abs(value), self.floor)
+        # At the end k pairs may mix, where an eigenvalue is multiple: their residuals then add up to sqrt(k) times one.
+        small = residual <= max(max(self._tol, rounding(self._H)) * abs(value), self.floor) / self._k**0.5
         if small or self.made + self._k - len(self.values) - 1 >= self.expected:
             self._v = v
+            for name, part in w.items():
+                self._AV[name][len(self.values)] = part[0]
             return self._accept(value, residual, 0.0)
         self._history.append(residual / (abs(value) or 1.0))
         if self._momentum != "auto":
@@ -181,7 +200,7 @@ def momentum_for(first: float, rate: float, beta: float) -> float:
     if x <= 1.001 * beta**0.5:
         return beta
     second = min(x + beta / x, 0.9999 * first)
-    return second**2 / 4
+    return float(second**2 / 4)
 
 
 class _Stochastic(_Power):

@@ -37,7 +37,9 @@ def _read(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor]) -> Vector
         if {name: tuple(v.shape[1:]) for name, v in start.vectors.items()} != {
             c.name: c.shape for c in H.space.coordinates
         }:
-            raise HesscopeError("Expected start to be a result on the same selection as this operator; select it again.")
+            raise HesscopeError(
+                "Expected start to be a result on the same selection as this operator; select it again."
+            )
         return {name: part.to(H.dtype) for name, part in H.space.place(start.vectors).items()}
     if isinstance(start, dict):
         return H.space.from_dict(start)

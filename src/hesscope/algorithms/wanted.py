@@ -37,11 +37,11 @@ def ends(found: Tensor, which: str) -> list[tuple[Callable[[Tensor], Tensor], Te
 
 
 def worth_keeping(values: Tensor, k: int, which: str, unconverged: Tensor, most: int) -> Tensor:
-    """Positions of the Ritz values to go on from, among m ascending ones: the most wanted l, k <= l <= most.
+    """Positions of the Ritz values to go on from, among m ascending ones: the most wanted p, k <= p <= most.
 
     Steps after a restart multiply an error by a Chebyshev polynomial that is small on the interval of what was dropped.
     For a wanted value at relative distance g beyond that interval, d steps gain a factor of about exp(2 d sqrt(2 g)):
-    keeping more widens g and leaves fewer steps d = most + 2 - l until the next restart. The l with the largest
+    keeping more widens g and leaves fewer steps d = most + 2 - p until the next restart. The p with the largest
     d sqrt(g), for the slowest of the wanted that have not converged, is taken (after Yamazaki, Bai, Simon, Wang and Wu,
     2010, who weigh the same two).
 
@@ -51,15 +51,15 @@ def worth_keeping(values: Tensor, k: int, which: str, unconverged: Tensor, most:
     order = _by_preference(values, which)
     targets = values[unconverged if len(unconverged) else order[:k]]
     best, chosen = -1.0, k
-    for l in range(k, most + 1):
-        dropped = values[order[l:]]
+    for p in range(k, most + 1):
+        dropped = values[order[p:]]
         if len(dropped) < 2:
             break
         middle, radius = (dropped.max() + dropped.min()) / 2, (dropped.max() - dropped.min()) / 2
         gap = float(((targets - middle).abs() / radius.clamp(min=1e-300) - 1).min().clamp(min=1e-12))
-        gain = (most + 2 - l) * gap**0.5
+        gain = (most + 2 - p) * gap**0.5
         if gain > best:
-            best, chosen = gain, l
+            best, chosen = gain, p
     return order[:chosen]
 
 

@@ -50,14 +50,18 @@ class Eigenpairs(Result):
 
     def error(self) -> dict[str, Any]:
         found = {"residuals": self.residuals.tolist(), "tol": self.tol, "converged": self.converged}
-        random = {"standard_error": self.eigenvalue_standard_error.tolist(), "degrees_of_freedom": self.degrees_of_freedom}
+        random = {
+            "standard_error": self.eigenvalue_standard_error.tolist(),
+            "degrees_of_freedom": self.degrees_of_freedom,
+        }
         return found | (random if self.degrees_of_freedom else {})
 
     def summary(self) -> str:
         noise = self.eigenvalue_standard_error.tolist() if self.degrees_of_freedom else [0.0] * len(self.eigenvalues)
         pairs = zip(self.eigenvalues.tolist(), noise, self.residuals.tolist(), strict=True)
         rows = "\n".join(
-            f"  {value: .6g}{f' +- {error:.2g}' if error else ''}   residual {residual:.1e}" for value, error, residual in pairs
+            f"  {value: .6g}{f' +- {error:.2g}' if error else ''}   residual {residual:.1e}"
+            for value, error, residual in pairs
         )
         state = "converged" if self.converged else f"NOT converged to tol {self.tol:g}"
         return f"{len(self.eigenvalues)} eigenvalues ({self.which}), {state}, {self.cost_line()}\n{rows}"
