@@ -85,8 +85,8 @@ class Basis:
         return self._space.place(vectors.columns(self._rows, self.m - 1, self.m))
 
     def orthogonalise(self, w: Vectors) -> tuple[Vectors, Tensor]:
-        """w - Q h and h = Q^T w [m, 1] float64, by two passes of classical Gram-Schmidt."""
-        Q, total = self.rows, torch.zeros(self.m, 1, dtype=torch.float64)
+        """w - Q h and h = Q^T w [m, K] float64 for K vectors w, by two passes of classical Gram-Schmidt."""
+        Q, total = self.rows, torch.zeros(self.m, vectors.count(w), dtype=torch.float64)
         w = {name: part.to(Q[name].device) for name, part in w.items()}
         for _ in range(2):
             h = self._space.inner(Q, w)
