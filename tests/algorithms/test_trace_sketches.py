@@ -25,11 +25,11 @@ def semidefinite(A: Tensor) -> Tensor:
 def test_estimates_are_within_their_errors(name: str, method: str) -> None:
     A = symmetric(SPECTRA[name])
     A = semidefinite(A) if method == "xnystrace" else A
-    found = hs.trace(hs.operator(A), method=method, budget=len(A) - 1)
+    found = hs.trace(hs.operator(A), method=method, budget=max(len(A) // 2, 6))
     assert found.method == method
-    assert found.products <= len(A) - 1
+    assert found.products <= max(len(A) // 2, 6)
     low, high = found.interval(0.9999)
-    slack = 1e-6 * float(A.norm())  # n - 1 test vectors leave next to nothing, which the spread cannot measure
+    slack = 1e-6 * float(A.norm())
     assert low - slack <= float(A.trace()) <= high + slack
 
 
