@@ -112,6 +112,11 @@ class Krylov:
         S[:c, :c], S[c:, c:] = S_before, S_after
         return torch.cat([before, after])[order], S[:, order]
 
+    def quadrature(self) -> tuple[Tensor, Tensor]:
+        """Nodes and weights of the start vector's Gauss quadrature; not after a restart."""
+        values, S = self.ritz()
+        return values, S[0] ** 2
+
     def residuals(self, values: Tensor, S_mK: Tensor) -> Tensor:
         """|A v - lambda v| for v = Q s, from the products that were made: A v = sum_j s_j (A q_j).
 
