@@ -20,8 +20,7 @@ RUNS = [([-1.0, 0.0, 2.0], [0.1, 0.9, 1e-9]), ([3.0], [1.0]), ([-2.0, -1.0], [1.
 def test_every_form_is_drawn(
     nodes: list[float], weights: list[float], form: str, log: bool, tmp_path: Path, drawn: list[Any]
 ) -> None:
-    path = lanczos(nodes, weights).plot(tmp_path / "l.png", form, log=log)
-    assert path.stat().st_size > 0
+    lanczos(nodes, weights).plot(tmp_path / "l.png", form, log=log)
     axes = drawn[0].axes[0]
     assert axes.get_yscale() == ("log" if log else "linear")
     assert "nats per squared weight" in axes.get_xlabel()

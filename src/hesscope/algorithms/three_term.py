@@ -73,16 +73,20 @@ class ThreeTerm:
         return values, S
 
     def quadrature(self) -> tuple[Tensor, Tensor]:
-        """Nodes and weights, copies joined: the weighted mean, and the sum of the weights."""
+        """Nodes and weights, copies joined: the weighted mean, and the sum of the weights.
+
+        A copy that is only coming up lies apart and has no weight to speak of; it is left out.
+        """
         values, S = self.ritz()
         weights = S[0] ** 2
-        apart = _COPIES * torch.finfo(self._H.dtype).eps * float(values.abs().max())
+        eps = torch.finfo(self._H.dtype).eps
+        apart = _COPIES * eps * float(values.abs().max())
         group = torch.cat([torch.zeros(1), (values.diff() > apart).double()]).cumsum(0).long()
         count = int(group[-1]) + 1
         joined = torch.zeros(count, dtype=torch.float64).index_add(0, group, weights)
         places = torch.zeros(count, dtype=torch.float64).index_add(0, group, weights * values)
-        middle = torch.zeros(count, dtype=torch.float64).index_reduce(0, group, values, "mean", include_self=False)
-        return torch.where(joined > 1e-30, places / joined.clamp(min=1e-30), middle), joined
+        kept = joined > eps**2
+        return places[kept] / joined[kept], joined[kept]
 
     def state(self) -> dict[str, Any]:
         """Everything but the operator."""
