@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,3 +145,68 @@ def test_one_seed_one_answer_and_a_drawn_seed_is_recorded() -> None:
 def test_impossible_requests_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(hs.HesscopeError, match="Expected"):
         hs.density(hs.operator(torch.eye(4)), **arguments)
+
+
+# ---- without a basis, elsewhere, and what follows from the nodes
+
+
+@pytest.mark.parametrize("name", [name for name in SPECTRA if len(SPECTRA[name]) > 10])
+def test_three_vectors_give_the_same_moments(name: str) -> None:
+    H = hs.operator(symmetric(SPECTRA[name]))
+    full, short = hs.density(H, probes=4, steps=20), hs.density(H, probes=4, steps=20, basis=False)
+    torch.testing.assert_close(short.weights.sum(1), torch.ones(4, dtype=F64))
+    scale = float(full.nodes.abs().max()) ** torch.arange(1.0, 5.0).double()
+    torch.testing.assert_close(short.moments / scale, full.moments / scale, rtol=0, atol=1e-9)
+
+
+def test_a_basis_elsewhere_gives_the_same_nodes(tmp_path: Path) -> None:
+    H = hs.operator(generic(30))
+    here = hs.density(H, probes=2, steps=6)
+    assert torch.equal(here.nodes, hs.density(H, probes=2, steps=6, basis_device="cpu").nodes)
+    assert torch.equal(here.nodes, hs.density(H, probes=2, steps=6, basis_folder=tmp_path).nodes)
+
+
+def test_what_follows_from_the_nodes_is_right_with_its_errors() -> None:
+    """Over 50 seeds: the mean is right to its error, and the stated errors are the spread over seeds."""
+    A = symmetric(torch.logspace(-1, 1, 60))
+    values = torch.linalg.eigvalsh(A)
+    share = values / values.sum()
+    runs = [hs.density(hs.operator(A), probes=6, steps=25, seed=seed) for seed in range(50)]
+    for exact, read in (
+        (values.norm(), lambda d: d.frobenius_norm),
+        (values.log().sum(), lambda d: d.log_determinant()),
+        ((values + 2).log().sum(), lambda d: d.log_determinant(2.0)),
+        (values.sum() ** 2 / values.square().sum(), lambda d: d.effective_rank()),
+        ((-(share * share.log()).sum()).exp(), lambda d: d.effective_rank("entropy")),
+    ):
+        found = torch.tensor([read(run) for run in runs], dtype=F64)
+        gap, spread = float(found[:, 0].mean() - exact), float(found[:, 0].std())
+        # A ratio of means over six probes has a bias of the order of its variance.
+        assert abs(gap) < 4 * spread / 50**0.5 + spread**2 / abs(float(exact))
+        assert 0.6 < float(found[:, 1].square().mean().sqrt()) / spread < 1.6
+
+
+def test_ranks_of_a_projection_and_of_zero() -> None:
+    found = hs.density(hs.operator(symmetric([-2.0] * 5 + [2.0] * 5 + [0.0] * 30)), probes=40, steps=5)
+    for kind in ("participation", "entropy"):
+        rank, error = found.effective_rank(kind)
+        assert abs(rank - 10) < 5 * error + 1e-9
+        assert hs.density(hs.operator(torch.zeros(9, 9)), probes=2).effective_rank(kind) == (0.0, 0.0)
+    with pytest.raises(hs.HesscopeError, match="positive shift"):
+        found.log_determinant()
+    with pytest.raises(hs.HesscopeError, match="participation"):
+        found.effective_rank("numerical")
+
+
+def test_outliers_and_bulk_are_in_the_result() -> None:
+    A = symmetric([9.0, 6.0, -4.0, *torch.linspace(-1.0, 1.0, 197).tolist()])
+    found = hs.density(hs.operator(A), probes=4, steps=30)
+    above, below = found.outliers()
+    assert [o.value for o in above] == pytest.approx([9.0, 6.0], abs=1e-8)
+    assert [o.value for o in below] == pytest.approx([-4.0], abs=1e-8)
+    assert all(o.standard_error < 1e-6 for o in above + below)
+    low, high, share = found.bulk()
+    assert -1.0 <= low < -0.9
+    assert 0.9 < high <= 1.0
+    assert share == pytest.approx(197 / 200)
+    assert "outliers: 9, 6, -4" in found.summary()

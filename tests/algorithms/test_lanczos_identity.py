@@ -113,3 +113,34 @@ def test_one_seed_one_run_and_a_drawn_seed_is_recorded() -> None:
 def test_impossible_requests_are_refused(steps: int, start: object, message: str) -> None:
     with pytest.raises(hs.HesscopeError, match=message):
         hs.lanczos(hs.operator(torch.eye(6)), steps, start=start)
+
+
+# ---- without a basis
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_three_term_form_has_the_same_moments(name: str) -> None:
+    H = hs.operator(symmetric(SPECTRA[name]))
+    steps = min(5, H.shape[0])
+    full, short = hs.lanczos(H, steps), hs.lanczos(H, steps, reorthogonalize=False)
+    scale = float(full.nodes.abs().max()) or 1.0
+    for p in range(5):
+        moments = [float((run.weights * (run.nodes / scale) ** p).sum()) for run in (full, short)]
+        assert moments[0] == pytest.approx(moments[1], abs=1e-10)
+
+
+def test_copies_of_a_converged_eigenvalue_are_joined_and_keep_its_weight() -> None:
+    """An outlier converges after a few steps; 150 steps then hold it many times over."""
+    A = symmetric([1e3, *torch.linspace(-1.0, 1.0, 299).tolist()])
+    full, short = hs.lanczos(hs.operator(A), 150), hs.lanczos(hs.operator(A), 150, reorthogonalize=False)
+    assert int((torch.linalg.eigvalsh(short.T) > 999).sum()) > 3
+    assert int((short.nodes > 999).sum()) == 1
+    for run in (full, short):
+        torch.testing.assert_close(float(run.weights.sum()), 1.0, rtol=1e-10, atol=0)
+    torch.testing.assert_close(short.weights[-1], full.weights[-1], rtol=1e-8, atol=0)
+    torch.testing.assert_close(short.nodes[-1], full.nodes[-1], rtol=1e-12, atol=0)
+
+
+def test_the_three_term_form_has_no_basis_to_give() -> None:
+    with pytest.raises(hs.HesscopeError, match="keep_basis"):
+        hs.lanczos(hs.operator(torch.eye(5)), 2, reorthogonalize=False, keep_basis=True)

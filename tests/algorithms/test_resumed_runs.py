@@ -87,6 +87,13 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
     "eigs within a limit": lambda H, **c: hs.eigs(H, k=3, which="BE", max_products=42, **c),
     "lanczos": lambda H, **c: hs.lanczos(H, min(12, H.shape[0]), keep_basis=True, **c),
     "density": lambda H, **c: hs.density(H, probes=3, steps=7, **c),
+    "eigs with restarts": lambda H, **c: hs.eigs(H, k=3, max_basis=8, max_products=60, **c),
+    "power": lambda H, **c: hs.eigs(H, k=2, method="power", momentum="auto", max_products=45, tol=0.05, **c),
+    "stochastic power": lambda H, **c: hs.eigs(H, k=2, method="power", batches=1, max_products=24, **c),
+    "hutch++": lambda H, **c: hs.trace(H, "hutch++", budget=36, **c),
+    "xtrace to a target": lambda H, **c: hs.trace(H, "xtrace", budget=36, target_error=0.01, **c),
+    "three-term lanczos": lambda H, **c: hs.lanczos(H, min(12, H.shape[0]), reorthogonalize=False, **c),
+    "three-term density": lambda H, **c: hs.density(H, probes=3, steps=7, basis=False, **c),
 }
 
 
@@ -137,16 +144,17 @@ def zero(dtype: torch.dtype) -> hs.Operator:
 
 
 def noisy_products(dtype: torch.dtype) -> hs.Operator:
-    """Where measured residuals disagree with the inferred ones, so that a search goes on after it has measured."""
+    """Where noise of the products stands in the residuals."""
     return hs.operator(noisy((generic(40) + 2 * torch.eye(40)).to(dtype).__matmul__, bits=11), size=40, dtype=dtype)
 
 
 CASES = [
-    *((name, matrix) for name in ALGORITHMS if "through" not in name),
+    *((name, matrix) for name in ALGORITHMS if "through" not in name and "stochastic" not in name),
+    ("stochastic power", language_model),
     *((name, language_model) for name in ("block through weights", "diagonal", "eigs", "density")),
     ("block through positions", perplexity),
     ("lanczos", finite_differences),
-    *((name, repeated_eigenvalues) for name in ("eigs", "lanczos", "density")),
+    *((name, repeated_eigenvalues) for name in ("eigs", "eigs with restarts", "lanczos", "density")),
     ("eigs", noisy_products),
     ("eigs within a limit", noisy_products),
     *((name, zero) for name in ("block", "diagonal to a target", "eigs", "density")),

@@ -20,6 +20,7 @@ VERBS = [
     ("eigs", ["--params", ROW, "-k", "2"]),
     ("trace", ["--budget", "8"]),
     ("density", ["--params", "*mlp*", "--probes", "2", "--steps", "5"]),
+    ("lanczos", ["--params", "*mlp*", "--steps", "6", "--form", "smoothed", "--three-term"]),
     ("verify", ["--params", "*mlp*", "--batch-size", "2"]),
 ]
 
@@ -66,6 +67,19 @@ def test_the_same_command_gives_the_same_numbers(command: Command, tmp_path: Pat
     one, two = hs.load(tmp_path / "one"), hs.load(tmp_path / "two")
     assert one.estimate == two.estimate
     assert one.provenance["problem"]["fingerprint"] == two.provenance["problem"]["fingerprint"]
+
+
+def test_an_earlier_run_is_a_start_and_other_methods_have_their_options(command: Command, tmp_path: Path) -> None:
+    assert command("eigs", "--params", ROW, "-k", "2", "--output-dir", "one") == 0
+    assert command("eigs", "--params", ROW, "-k", "2", "--start", "one", "--max-basis", "5", "--output-dir", "two") == 0
+    power = ("--method", "power", "--momentum", "auto", "--tol", "0.2", "--max-products", "200")
+    assert command("eigs", "--params", ROW, "-k", "1", *power, "--output-dir", "three") == 0
+    one, two, three = (hs.load(tmp_path / name) for name in ("one", "two", "three"))
+    torch.testing.assert_close(one.eigenvalues, two.eigenvalues, rtol=1e-2, atol=0)
+    assert three.method == "power"
+    assert command("trace", "--method", "xtrace", "--budget", "10", "--output-dir", "four") == 0
+    assert hs.load(tmp_path / "four").method == "xtrace"
+    assert command("eigs", "--params", ROW, "--start", "four", "--output-dir", "five") == 2
 
 
 def test_the_default_folder_carries_the_verbs_name(command: Command, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from made_by_hand import density, eigenpairs, lanczos
 from matplotlib.colors import to_rgba
 
-from hesscope.figures.outliers import outliers
 from hesscope.figures.style import NEGATIVE, POSITIVE
+from hesscope.results.outliers import outliers
 
 
 def texts(axes: Any) -> list[str]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscope.algorithms.basis import Home
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
+from hesscope.algorithms.three_term import ThreeTerm
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Density
@@ -28,6 +30,10 @@ def density(
     bandwidth: float | None = None,
     seed: int | None = 0,
     checkpoint: str | Path | Checkpoint | None = None,
+    *,
+    basis: bool = True,
+    basis_device: str | torch.device | None = None,
+    basis_folder: str | Path | None = None,
 ) -> Density:
     """The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
 
@@ -43,6 +49,11 @@ def density(
         seed: of the start vectors; None draws one and records it.
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
+        basis: keep each probe's basis and reorthogonalise. False keeps three vectors instead: copies of converged
+            eigenvalues then appear, which share the weight of one; copies that agree to rounding are joined.
+        basis_device: keep the basis there, such as "cpu".
+        basis_folder: keep the basis in files of this folder, mapped into memory.
+
     Raises:
         HesscopeError: fewer than two probes, or steps below one.
     """
@@ -53,8 +64,9 @@ def density(
     if bandwidth is not None and not bandwidth > 0:
         raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
     seed = run_seed(seed, checkpoint)
-    run = _Quadrature(H, probes, min(steps, H.space.size), seed)
-    options = {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed}
+    home = Home.of(basis_device, basis_folder) if basis else None
+    run = _Quadrature(H, probes, min(steps, H.space.size), seed, home)
+    options = {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed, "basis": basis}
     spent = drive(H, run, options, checkpoint)
     nodes, weights = run.nodes, run.weights
     used = nodes[weights > 0]
@@ -95,7 +107,8 @@ class _Quadrature(Iteration):
 
     description = "density"
 
-    def __init__(self, H: Operator, probes: int, steps: int, seed: int) -> None:
+    def __init__(self, H: Operator, probes: int, steps: int, seed: int, home: Home | None) -> None:
+        self._home = home
         self._H, self._probes, self._steps, self._seed = H, probes, steps, seed
         self.expected = probes * steps
         self.nodes = torch.zeros(probes, steps, dtype=torch.float64)
@@ -110,9 +123,9 @@ class _Quadrature(Iteration):
     def step(self) -> None:
         self._krylov.step()
         if self._krylov.ended or self._krylov.m == self._steps:
-            values, S = self._krylov.ritz()
-            self.nodes[self._probe, : len(values)] = values
-            self.weights[self._probe, : len(values)] = S[0] ** 2
+            nodes, weights = self._krylov.quadrature()
+            self.nodes[self._probe, : len(nodes)] = nodes
+            self.weights[self._probe, : len(nodes)] = weights
             self._probe += 1
             if not self.done:
                 self._krylov = self._begin()
@@ -129,8 +142,10 @@ class _Quadrature(Iteration):
     def note(self) -> str:
         return f"probe {min(self._probe + 1, self._probes)} of {self._probes}"
 
-    def _begin(self) -> Krylov:
+    def _begin(self) -> Krylov | ThreeTerm:
         start = vectors.scale(
             self._H.space.rademacher(self._seed, [f"density/{self._probe}"]), self._H.space.size**-0.5
         )
-        return Krylov(self._H, start, self._seed, restart=False)
+        if self._home is None:
+            return ThreeTerm(self._H, start)
+        return Krylov(self._H, start, self._seed, restart=False, capacity=self._steps, home=self._home)

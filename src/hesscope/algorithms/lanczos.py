@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hesscope.algorithms.basis import Home
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
-from hesscope.digest import update_with_tensor
+from hesscope.algorithms.starting import start_digest, start_vectors
+from hesscope.algorithms.three_term import ThreeTerm
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import LanczosRun
@@ -27,15 +28,22 @@ def lanczos(
     keep_basis: bool = False,
     seed: int | None = 0,
     checkpoint: str | Path | Checkpoint | None = None,
+    *,
+    basis_device: str | torch.device | None = None,
+    basis_folder: str | Path | None = None,
 ) -> LanczosRun:
     """Run the Lanczos process: A Q = Q T + residual, with T tridiagonal and Q orthonormal.
 
     Args:
         steps: products to spend; the run ends earlier where the Krylov space does.
         start: the first direction, a flat tensor [n] or {name: tensor}; a random Gaussian one by default.
-        reorthogonalize: only True for now: the basis is kept and every step orthogonalised against all of it.
-        keep_basis: return the basis with the result.
+        reorthogonalize: keep the basis and orthogonalise every step against all of it. False is the three-term form,
+            which holds three vectors; its nodes are joined where they are copies of one eigenvalue.
+        keep_basis: return the basis with the result; needs reorthogonalize.
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
+
+        basis_device: keep the basis there, such as "cpu".
+        basis_folder: keep the basis in files of this folder, mapped into memory.
 
     Raises:
         HesscopeError: steps outside 1..n, or a start vector that is zero, not finite or of another size.
@@ -43,28 +51,35 @@ def lanczos(
     n = H.space.size
     if not 1 <= steps <= n:
         raise HesscopeError(f"Expected steps between 1 and {n}, the number of coordinates, got {steps}.")
-    if not reorthogonalize:
-        raise HesscopeError("Expected reorthogonalize=True; the three-term form without a basis is not available yet.")
+    if keep_basis and not reorthogonalize:
+        raise HesscopeError(
+            "Expected reorthogonalize=True with keep_basis=True: the three-term form has no basis to return."
+        )
     seed = run_seed(seed, checkpoint)
     first = _start(H, start, seed)
     options = {
         "steps": steps,
         "seed": seed,
         "keep_basis": keep_basis,
-        "start": None if start is None else _digest(first),
+        "start": None if start is None else start_digest(first),
+        "reorthogonalize": reorthogonalize,
     }
-    run = LanczosIteration(H, Krylov(H, first, seed, restart=False), steps, "lanczos")
+    home = Home.of(basis_device, basis_folder)
+    krylov = (
+        Krylov(H, first, seed, restart=False, capacity=steps, home=home) if reorthogonalize else ThreeTerm(H, first)
+    )
+    run = LanczosIteration(krylov, steps, "lanczos")
     spent = drive(H, run, options, checkpoint)
-    values, S = run.krylov.ritz()
-    basis = dict(run.krylov.basis) if keep_basis else {}
-    return LanczosRun(**spent, T=run.krylov.T, nodes=values, weights=S[0] ** 2,
-                      residual_norm=run.krylov.residual_norm, basis_vectors=basis, seed=seed)  # fmt: skip
+    nodes, weights = krylov.quadrature()
+    basis = H.space.place(krylov.basis) if keep_basis and isinstance(krylov, Krylov) else {}
+    return LanczosRun(**spent, T=krylov.T, nodes=nodes, weights=weights,
+                      residual_norm=krylov.residual_norm, basis_vectors=basis, seed=seed)  # fmt: skip
 
 
 class LanczosIteration(Iteration):
     """A fixed number of Lanczos steps."""
 
-    def __init__(self, H: Operator, krylov: Krylov, steps: int, description: str) -> None:
+    def __init__(self, krylov: Krylov | ThreeTerm, steps: int, description: str) -> None:
         self.krylov, self.expected, self.description = krylov, steps, description
 
     @property
@@ -82,19 +97,7 @@ class LanczosIteration(Iteration):
 
 
 def _start(H: Operator, start: Tensor | dict[str, Tensor] | None, seed: int) -> Vectors:
-    if start is None:
-        return H.space.gaussian(seed, ["start"])
-    if not isinstance(start, dict) and start.shape != (H.space.size,):
+    if isinstance(start, Tensor) and start.dim() != 1:
         raise HesscopeError(f"Expected a start vector of shape [{H.space.size}], got {list(start.shape)}.")
-    v = H.space.from_dict(start) if isinstance(start, dict) else H.space.unflatten(start[:, None])
-    if not 0.0 < float(H.space.norms(v)) < math.inf:
-        raise HesscopeError("Expected a start vector other than zero, with finite entries.")
-    return v
-
-
-def _digest(start: Vectors) -> str:
-    """A SHA-256 of the start vector, for the record."""
-    digest = hashlib.sha256()
-    for part in start.values():
-        update_with_tensor(digest, part)
-    return digest.hexdigest()
+    given = start_vectors(H, start)
+    return H.space.gaussian(seed, ["start"]) if given is None else given

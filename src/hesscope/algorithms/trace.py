@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hesscope.algorithms.budget import FEWEST_PROBES, check_estimation, probes_allowed, probes_for
+from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.diagonals import Entries
-from hesscope.algorithms.driver import Iteration, drive
-from hesscope.algorithms.probing import require_finite
+from hesscope.algorithms.driver import drive
+from hesscope.algorithms.traces import Hutchinson, HutchPlusPlus, TraceEstimator, XNysTrace, XTrace
+from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes
 from hesscope.operators import Operator
-from hesscope.operators.chunks import chunk_size
 from hesscope.results import Trace
+
+_METHODS = ("auto", "exact", "hutchinson", "hutch++", "xtrace", "xnystrace")
+#: Products that a method needs for an error at all.
+_FEWEST = {"hutch++": 6, "xtrace": 4, "xnystrace": 2}
+#: A sketch of more vectors than a hundred seldom pays, and it takes memory.
+_LARGEST_SKETCH = 100
 
 
 def trace(
@@ -25,29 +31,35 @@ def trace(
     seed: int | None = 0,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> Trace:
-    """The trace of an operator, exact or by Hutchinson's estimator (1990).
+    """The trace of an operator, exact or estimated.
 
-    For independent sign vectors z_1..z_m the mean of <z_i, A z_i> is unbiased with variance 2/m sum_{i != j} A_ij^2;
-    the standard error is the samples' own, with m - 1 degrees of freedom.
+    "hutchinson" (1990): for independent sign vectors z_1..z_m the mean of <z_i, A z_i> is unbiased with variance
+    2/m sum_{i != j} A_ij^2; the standard error is the samples' own, with m - 1 degrees of freedom. The others take the
+    large eigenvalues out first, which pays where few of them dominate: "hutch++" (Meyer, Musco, Musco and Woodruff,
+    2021), whose standard error is as honest; "xtrace", and "xnystrace" for positive semidefinite operators (Epperly, Tropp
+    and Webber, 2024), more exact still, with an error that is an indication.
 
     Args:
-        method: "exact" (n products), "hutchinson", or "auto": exact where that needs no more products than the budget.
+        method: "exact" (n products), one of the above, or "auto": exact where that needs no more products than the
+            budget, else "xnystrace" where the operator declares itself positive semidefinite and a basis of the budget
+            fits in memory, else "hutchinson", the only one that needs no basis.
         budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
-        target_error: stop once the standard error, relative to the estimate, is below; never before 30 probes. Intervals
-            after stopping early cover somewhat less than they say.
-        seed: of the sign vectors; None draws one and records it.
+        target_error: stop once the standard error, relative to the estimate, is below; never before 30 probes (15 test
+            vectors for "xtrace" and "xnystrace"). Intervals after stopping early cover somewhat less than they say.
+        seed: of the random vectors; None draws one and records it.
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:
-        HesscopeError: an unknown method, a budget or target out of range, or a product that is not finite.
+        HesscopeError: an unknown method, a budget or target out of range, "xnystrace" of an operator that is not positive
+            semidefinite, or a product that is not finite.
 
     Example:
         >>> import torch, hesscope as hs
         >>> hs.trace(hs.operator(torch.diag(torch.tensor([2.0, 1.0])))).estimate
         3.0
     """
-    exact = check_estimation("trace", method, budget, target_error, H.space.size)
-    seed, probes = run_seed(seed, checkpoint), probes_allowed(budget, target_error)
+    exact = check_estimation("trace", method, budget, target_error, H.space.size, _METHODS)
+    seed, most = run_seed(seed, checkpoint), probes_allowed(budget, target_error)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     n = H.space.size
     if exact:
@@ -56,61 +68,28 @@ def trace(
         samples = entries.values.to("cpu", torch.float64)
         return Trace(**spent, method="exact", estimate=float(samples.sum()), standard_error=0.0,
                      degrees_of_freedom=0, size=n, seed=seed, samples=samples)  # fmt: skip
-    hutchinson = _Hutchinson(H, probes, target_error, seed)
-    spent = drive(H, hutchinson, options, checkpoint)
-    mean, error = hutchinson.estimate()
-    samples = torch.tensor(hutchinson.samples, dtype=torch.float64)
-    return Trace(**spent, method="hutchinson", estimate=mean, standard_error=error,
-                 degrees_of_freedom=len(samples) - 1, size=n, seed=seed, samples=samples)  # fmt: skip
+    method = _choice(H, most) if method == "auto" else method
+    if most < _FEWEST.get(method, 1):
+        raise HesscopeError(f"Expected a budget of at least {_FEWEST[method]} products for {method}, got {most}.")
+    estimator = _estimator(H, method, most, target_error, seed)
+    spent = drive(H, estimator, options, checkpoint)
+    mean, error = estimator.estimate()
+    return Trace(**spent, method=method, estimate=mean, standard_error=error,
+                 degrees_of_freedom=estimator.degrees_of_freedom, size=n, seed=seed, samples=estimator.samples)  # fmt: skip
 
 
-class _Hutchinson(Iteration):
-    description = "trace"
+def _choice(H: Operator, budget: int) -> str:
+    vectors_needed = 2 * min(budget, H.space.size)
+    fits = vectors_needed * H.space.size * H.dtype.itemsize < available_bytes(H.space.device) // 2
+    return "xnystrace" if H.positive_semidefinite and fits and budget >= 15 else "hutchinson"
 
-    def __init__(self, H: Operator, probes: int, target: float | None, seed: int) -> None:
-        self._H, self._target, self._seed = H, target, seed
-        self.expected = self._most = probes
-        self.at_most = target is not None
-        self.samples: list[float] = []
 
-    @property
-    def done(self) -> bool:
-        m = len(self.samples)
-        return m >= self._most or (self._target is not None and m >= FEWEST_PROBES and self._good_enough())
-
-    def _good_enough(self) -> bool:
-        mean, error = self.estimate()
-        return self._target is not None and error <= self._target * abs(mean)
-
-    def step(self) -> None:
-        m = len(self.samples)
-        stop = min(m + (chunk_size(self._H) if self._target is None else 1), self._most)
-        Z = self._H.space.rademacher(self._seed, range(m, stop))
-        AZ = self._H.matmat(Z)
-        require_finite(self._H, AZ)
-        self.samples += self._H.space.inner(Z, AZ).diagonal().tolist()
-        self._expect()
-
-    def _expect(self) -> None:
-        """With a target, the error so far tells how many probes it will take: it falls with their root."""
-        if self._target is not None and (m := len(self.samples)) >= FEWEST_PROBES:
-            mean, error = self.estimate()
-            self.expected = probes_for(m, error, self._target * abs(mean), self._most)
-            self.at_most = False
-
-    def state(self) -> dict[str, Any]:
-        return {"samples": self.samples}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.samples = state["samples"]
-        self._expect()
-
-    def estimate(self) -> tuple[float, float]:
-        """The mean and its standard error."""
-        samples = torch.tensor(self.samples, dtype=torch.float64)
-        spread = samples.std().item() if len(samples) > 1 else float("inf")
-        return samples.mean().item(), spread / len(samples) ** 0.5
-
-    def note(self) -> str:
-        mean, error = self.estimate()
-        return f"{mean:.5g} +- {error:.2g}"
+def _estimator(H: Operator, method: str, budget: int, target: float | None, seed: int) -> TraceEstimator:
+    if method == "hutch++":
+        sketch = min(budget // 3, H.space.size, _LARGEST_SKETCH if target is not None else budget)
+        return HutchPlusPlus(H, budget, sketch, target, seed)
+    if method == "xtrace":
+        return XTrace(H, budget, target, seed)
+    if method == "xnystrace":
+        return XNysTrace(H, budget, target, seed)
+    return Hutchinson(H, budget, target, seed)

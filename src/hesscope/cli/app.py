@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hesscope.cli.options import CommonOptions, with_common_options
 from hesscope.cli.resuming import checkpoint
-from hesscope.cli.running import finish, make_operator, make_problem, make_space, output_folder
+from hesscope.cli.running import (
+    eigenpairs_of,
+    finish,
+    make_operator,
+    make_problem,
+    make_space,
+    number_or_word,
+    output_folder,
+)
 from hesscope.cli.separate import separable
 
 app = typer.Typer(
@@ -24,7 +32,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Method = Annotated[str, typer.Option(help="auto, exact or hutchinson. auto is exact where that costs no more.")]
+_Method = Annotated[
+    str,
+    typer.Option(
+        help="auto, exact, hutchinson, hutch++, xtrace or xnystrace (semidefinite). auto is exact where that costs no more."
+    ),
+]
+_BasisDevice = Annotated[
+    str | None, typer.Option(help="Keep the basis there, such as cpu; with the weights by default.")
+]
+_BasisFolder = Annotated[Path | None, typer.Option(help="Keep the basis in files of this folder.")]
 _Estimator = Annotated[
     str,
     typer.Option(
@@ -141,7 +158,14 @@ def eigs(
     k: Annotated[int, typer.Option("-k", "--k", help="How many eigenpairs.")] = 6,
     which: Annotated[str, typer.Option(help="LM largest magnitude, LA largest, SA smallest, BE both ends.")] = "LM",
     tol: Annotated[float, typer.Option(help="|Av - lambda v| at most tol |lambda|, measured.")] = 1e-3,
-    max_products: Annotated[int | None, typer.Option(help="Operator products at most; about 300 by default.")] = None,
+    max_products: Annotated[int | None, typer.Option(help="Operator products at most; 300 by default.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of an earlier eigs run to begin from.")] = None,
+    max_basis: Annotated[int | None, typer.Option(help="Vectors kept at most; a full basis restarts.")] = None,
+    basis_device: _BasisDevice = None,
+    basis_folder: _BasisFolder = None,
+    method: Annotated[str, typer.Option(help="lanczos, or power: power iteration with deflation.")] = "lanczos",
+    momentum: Annotated[str, typer.Option(help="For power: a number, or auto; 0 is the plain form.")] = "0",
+    batches: Annotated[int | None, typer.Option(help="For power: every product on so many batches drawn anew.")] = None,
 ) -> None:
     """The leading eigenvalues and eigenvectors by Lanczos, with measured residuals.
 
@@ -151,9 +175,18 @@ def eigs(
     import hesscope as hs
 
     folder = output_folder(common, "eigs")
-    own = {"k": k, "which": which, "tol": tol, "max_products": max_products}
+    how: dict[str, Any] = {
+        "start": start,
+        "max_basis": max_basis,
+        "basis_device": basis_device,
+        "basis_folder": basis_folder,
+    }
+    how |= {"method": method, "momentum": momentum, "batches": batches}
+    own = {"k": k, "which": which, "tol": tol, "max_products": max_products, **how}
+    how |= {"start": None if start is None else eigenpairs_of(start), "momentum": number_or_word(momentum)}
     kept = checkpoint(common, folder)
-    finish(hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept), common, folder, kept, **own)
+    pairs = hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept, **how)
+    finish(pairs, common, folder, kept, **own)
 
 
 @app.command()
@@ -162,7 +195,7 @@ def eigs(
 def trace(
     common: CommonOptions, method: _Method = "auto", budget: _Budget = None, target_error: _Target = None
 ) -> None:
-    """The trace, exact or by Hutchinson's estimator with its standard error."""
+    """The trace, exact or estimated with its standard error."""
     import hesscope as hs
 
     folder = output_folder(common, "trace")
@@ -183,14 +216,56 @@ def density(
     bandwidth: Annotated[
         float | None, typer.Option(help="Width of the smoothing, in units of the eigenvalues.")
     ] = None,
+    basis: Annotated[
+        bool, typer.Option("--basis/--no-basis", help="Keep each probe's basis, or three vectors only.")
+    ] = True,
+    basis_device: _BasisDevice = None,
+    basis_folder: _BasisFolder = None,
 ) -> None:
     """The spectral density by stochastic Lanczos quadrature: probes x steps products."""
     import hesscope as hs
 
     folder = output_folder(common, "density")
     own = {"probes": probes, "steps": steps, "bandwidth": bandwidth}
+    where: dict[str, Any] = {"basis": basis, "basis_device": basis_device, "basis_folder": basis_folder}
     kept = checkpoint(common, folder)
-    finish(hs.density(make_operator(common), probes, steps, bandwidth, common.seed, kept), common, folder, kept, **own)
+    found = hs.density(make_operator(common), probes, steps, bandwidth, common.seed, kept, **where)
+    finish(found, common, folder, kept, **own, **where)
+
+
+@app.command()
+@with_common_options
+@separable
+def lanczos(
+    common: CommonOptions,
+    steps: Annotated[int, typer.Option(help="Lanczos steps, a product each.")] = 60,
+    reorthogonalize: Annotated[
+        bool, typer.Option("--reorthogonalize/--three-term", help="Keep a basis, or three vectors only.")
+    ] = True,
+    keep_basis: Annotated[bool, typer.Option("--keep-basis", help="Write the basis with the result.")] = False,
+    basis_device: _BasisDevice = None,
+    basis_folder: _BasisFolder = None,
+    form: Annotated[str, typer.Option(help="The picture: stem, binned or smoothed.")] = "stem",
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Width of the smoothing, in units of the eigenvalues.")
+    ] = None,
+    grid: Annotated[int | None, typer.Option(help="Bins, or points of the smoothed curve.")] = None,
+    log: Annotated[bool, typer.Option("--log/--linear", help="The picture's vertical axis.")] = True,
+) -> None:
+    """A raw Lanczos run from a random start: T, nodes and first-row weights, and the basis if asked.
+
+    Example: hesscope lanczos --model demo --data demo --length 32 --sequences 2 --params 'model.layers.3.mlp.*'
+    --steps 30 --form smoothed
+    """
+    import hesscope as hs
+
+    folder = output_folder(common, "lanczos")
+    own: dict[str, Any] = {"steps": steps, "reorthogonalize": reorthogonalize, "keep_basis": keep_basis}
+    where: dict[str, Any] = {"basis_device": basis_device, "basis_folder": basis_folder}
+    picture = {"form": form, "bandwidth": bandwidth, "grid": grid, "log": log}
+    kept = checkpoint(common, folder)
+    run = hs.lanczos(make_operator(common), **own, seed=common.seed, checkpoint=kept, **where)
+    finish(run, common, folder, kept, drawn=picture, **own, **where, **picture)
 
 
 @app.command()

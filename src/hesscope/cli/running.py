@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hesscope.algorithms.checkpoint import Checkpoint
     from hesscope.operators import Operator
     from hesscope.problem import Problem
-    from hesscope.results import Result
+    from hesscope.results import Eigenpairs, Result
     from hesscope.space import Space
 
 #: Fields of the common options that go to `hesscope.causal_lm` as they are.
@@ -125,6 +125,24 @@ def model_source(common: CommonOptions) -> str:
     from hesscope.assets import model_path
 
     return str(model_path()) if common.model == _DEMO else str(common.model)
+
+
+def eigenpairs_of(folder: Path) -> Eigenpairs:
+    """The eigenpairs that an earlier run wrote to a folder."""
+    from hesscope.results import Eigenpairs, load
+
+    found = load(folder)
+    if not isinstance(found, Eigenpairs):
+        raise HesscopeError(f"Expected --start to be the folder of an eigs run, got one of kind {found.kind!r}.")
+    return found
+
+
+def number_or_word(text: str) -> float | str:
+    """A number where it is one; the word itself otherwise."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def finish(

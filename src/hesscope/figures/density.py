@@ -11,10 +11,10 @@ from matplotlib.patheffects import withStroke
 
 from hesscope.figures import subject
 from hesscope.figures.numbers import number, with_error
-from hesscope.figures.outliers import Outlier, outliers
 from hesscope.figures.scales import Array, array
 from hesscope.figures.style import INK, MUTED, NEGATIVE, POSITIVE, look, new_figure, save, sign_colours
 from hesscope.results.density import Density
+from hesscope.results.outliers import Outlier
 
 #: The picture ends where the curve falls below this part of the peak of one eigenvalue.
 _FLOOR = 0.03
@@ -32,7 +32,7 @@ def draw_density(density: Density, path: Path) -> Path:
         HesscopeError: the path ends in something other than .png, .pdf and .svg.
     """
     nodes, weights = array(density.nodes), array(density.weights)
-    above, below = outliers(nodes, weights, density.size)
+    above, below = density.outliers()
     with look():
         figure = new_figure(7.6, 4.6, _title(density), _subtitle(density, len(above + below)), subject.footer(density))
         rug_height = min(0.12 + 0.05 * len(nodes), 0.4)

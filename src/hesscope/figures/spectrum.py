@@ -1,4 +1,4 @@
-"""Pictures of spectra: eigenvalues, a Lanczos run's quadrature, and (from `density`) the density."""
+"""Eigenvalues as a picture; the pictures of a density and of a Lanczos run are in files of their own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from matplotlib.ticker import MaxNLocator
 
 from hesscope.figures import subject
 from hesscope.figures.density import draw_density
+from hesscope.figures.lanczos import draw_lanczos
 from hesscope.figures.numbers import number
 from hesscope.figures.scales import LINEAR_DECADES, Array, array, limit, mark, threshold
 from hesscope.figures.style import FAILED, INK, MUTED, PASSED, look, new_figure, save, sign_colours
 from hesscope.results.eigs import Eigenpairs
-from hesscope.results.lanczos import LanczosRun
 
 __all__ = ["draw_density", "draw_eigenvalues", "draw_lanczos"]
 
@@ -43,39 +43,10 @@ def draw_eigenvalues(pairs: Eigenpairs, path: Path) -> Path:
         return save(figure, path)
 
 
-def draw_lanczos(run: LanczosRun, path: Path) -> Path:
-    """Draw a Lanczos run's Gauss quadrature: every node with its weight, on a logarithmic scale.
-
-    Raises:
-        HesscopeError: the path ends in something other than .png, .pdf and .svg.
-    """
-    nodes, weights = array(run.nodes), array(run.weights)
-    shown = weights > 0
-    with look():
-        title = f"{len(nodes)} Lanczos steps on the {subject.operator_name(run)}"
-        figure = new_figure(7.6, 3.6, title, _lanczos_subtitle(run, nodes), subject.footer(run))
-        axes = figure.add_subplot()
-        axes.set_yscale("log")
-        floor = float(weights[shown].min(initial=1.0)) / 3
-        colours = sign_colours(nodes[shown])
-        axes.vlines(nodes[shown], floor, weights[shown], color=colours, linewidth=1.2, alpha=0.7)
-        axes.scatter(nodes[shown], weights[shown], color=colours, s=18, zorder=3)
-        axes.set_ylim(floor, 3.0)
-        axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_xlabel(subject.with_unit("node", run))
-        axes.set_ylabel("quadrature weight")
-        return save(figure, path)
-
-
 def _eigenvalues_subtitle(pairs: Eigenpairs, values: Array, missed: Any) -> list[str]:
     signs = f"{int((values > 0).sum())} positive, {int((values < 0).sum())} negative"
     state = "all converged" if pairs.converged else f"{int(missed.sum())} of {len(values)} missed the tolerance"
     return [subject.selection_line(pairs), _ENDS.get(pairs.which, pairs.which), signs, state]
-
-
-def _lanczos_subtitle(run: LanczosRun, nodes: Array) -> list[str]:
-    reach = f"nodes from {number(nodes.min())} to {number(nodes.max())}"
-    return [subject.selection_line(run), reach, f"residual norm {run.residual_norm:.1e}"]
 
 
 def _stems(axes: Any, values: Array, residuals: Array, missed: Any) -> None:

@@ -25,6 +25,7 @@ _METHODS = {
     "auto": "automatic choice",
     "hutch++": "Hutch++",
     "xtrace": "XTrace",
+    "xnystrace": "XNysTrace",
     "xdiag": "XDiag",
 }
 _NO_BREAK = "\N{NO-BREAK SPACE}"

@@ -15,6 +15,8 @@ from hesscope.figures.scales import Array, array
 from hesscope.figures.style import INK, MUTED, NEGATIVE, look, new_figure, save, sign_colours
 from hesscope.results.trace import Trace
 
+#: Methods whose samples are independent, so that their running mean shows how the estimate settled; what is counted.
+_INDEPENDENT = {"hutchinson": "products", "hutch++": "probes of what the sketch leaves"}
 _TRUSTED = 5  # probes before the band decides how tall the picture is
 
 
@@ -30,8 +32,9 @@ def draw_trace(trace: Trace, path: Path) -> Path:
         axes = figure.add_subplot()
         if trace.method == "exact":
             _running_sum(axes, samples)
-        elif len(samples) > 0 and np.isclose(samples.mean(), trace.estimate, rtol=1e-6):
+        elif trace.method in _INDEPENDENT and len(samples) > 0:
             _running_mean(axes, samples)
+            axes.set_xlabel(_INDEPENDENT[trace.method])
         else:
             _samples(axes, samples)
         _final(axes, trace)
@@ -82,7 +85,6 @@ def _running_mean(axes: Any, samples: Array) -> None:
     axes.plot(m, mean, color=INK, linewidth=1.7, label="running mean")
     _limits(axes, samples, mean, half)
     axes.legend(loc="upper right", ncols=3)
-    axes.set_xlabel("products")
 
 
 def _limits(axes: Any, samples: Array, mean: Array, half: Array) -> None:
@@ -96,7 +98,7 @@ def _limits(axes: Any, samples: Array, mean: Array, half: Array) -> None:
 
 
 def _samples(axes: Any, samples: Array) -> None:
-    """Samples whose mean is not the estimate: other methods than plain averaging."""
+    """Samples that share most of what they are made of: each leaves one test vector out."""
     axes.scatter(np.arange(1, len(samples) + 1), samples, s=16, color=sign_colours(samples), alpha=0.6, linewidth=0)
     axes.set_xlabel("sample")
 

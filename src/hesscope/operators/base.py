@@ -142,6 +142,16 @@ class Operator(ABC):
 
         return Restriction(self, part)
 
+    def sampled(self, batches: int, seed: int, draw: int) -> Operator:
+        """An unbiased operator over so many batches, drawn at random for this seed and draw.
+
+        Raises HesscopeError for an operator that is not a sum over batches.
+        """
+        raise HesscopeError(
+            "Expected an operator that is a sum over batches, such as a Hessian, to resample; this one cannot be, so leave "
+            "batches out."
+        )
+
     def __add__(self, other: Operator) -> Operator:
         from hesscope.operators.composed import Sum
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from hesscope.engines import Auto, Engine
@@ -14,6 +15,7 @@ from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
+from hesscope.operators.sampled import sample
 from hesscope.problem import Problem, select
 from hesscope.problem.microbatches import microbatched
 from hesscope.space import Space, Vectors, vectors
@@ -47,11 +49,15 @@ class CurvatureOfRisk(Operator):
         self._columns: list[BatchColumns] = []
 
     def _matmat(self, V: Vectors) -> Vectors:
-        self._units += self.engine.prepare(self._parts, self.space)
         if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
             self._measure(self.engine, V)
+        return self.product_over(range(len(self._parts.batches)), V)
+
+    def product_over(self, batches: Sequence[int], V: Vectors) -> Vectors:
+        """What these batches contribute to the product: (1/N) times their sum."""
+        self._units += self.engine.prepare(self._parts, self.space)
         result = self.space.zeros(vectors.count(V))
-        for b in range(len(self._parts.batches)):
+        for b in batches:
             linearization, built, kept = self._graphs.get(b)
             before = 0 if built else linearization.passes
             linearization.add_product(V, into=result, last=not kept)
@@ -68,6 +74,9 @@ class CurvatureOfRisk(Operator):
         self._spend(0, engine.measure(self._parts, self.space, V, first, kept))
         if engine.chosen != before:
             self._graphs.drop()
+
+    def sampled(self, batches: int, seed: int, draw: int) -> Operator:
+        return sample(self, len(self._parts.batches), batches, seed, draw)
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
         """R and its gradient over the selection, from the same graphs."""

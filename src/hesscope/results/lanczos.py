@@ -17,7 +17,8 @@ class LanczosRun(Result):
     """The tridiagonal T [m, m] (float64) with m steps, or fewer where the Krylov space ended.
 
     `nodes` are T's eigenvalues and `weights` the squared first components of its eigenvectors: Gauss quadrature for the
-    start vector's spectral measure. `basis_vectors` is empty unless the basis was asked for.
+    start vector's spectral measure; without reorthogonalisation copies of converged nodes are joined, and there are fewer of
+    them than steps. `basis_vectors` is empty unless the basis was asked for.
     """
 
     kind = "lanczos"
@@ -45,7 +46,15 @@ class LanczosRun(Result):
             f"{self.cost_line()}"
         )
 
-    def plot(self, path: str | Path) -> Path:
-        from hesscope.figures.spectrum import draw_lanczos
+    def plot(
+        self,
+        path: str | Path,
+        form: str = "stem",
+        bandwidth: float | None = None,
+        grid: int | None = None,
+        log: bool = True,
+    ) -> Path:
+        """Draw nodes and weights as stems, "binned" (in `grid` bins) or "smoothed" (by `bandwidth`, on `grid` points)."""
+        from hesscope.figures.lanczos import draw_lanczos
 
-        return draw_lanczos(self, Path(path))
+        return draw_lanczos(self, Path(path), form, bandwidth, grid, log)

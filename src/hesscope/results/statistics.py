@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,21 @@ def t_quantile(level: float, degrees: int) -> float:
     from scipy.stats import t
 
     return float(t.ppf(0.5 + level / 2, degrees)) if degrees > 0 else float("inf")
+
+
+def jackknife(f: Callable[[Tensor], Tensor], samples_gP: Tensor) -> tuple[float, float]:
+    """f of the means of several quantities over P samples [quantities, P], and its jackknife standard error.
+
+    sqrt((P - 1)/P sum_p (f_p - mean f)^2), f_p being f without sample p (Quenouille, 1956; Tukey, 1958). For a mean it is
+    the usual standard error.
+    """
+    P = samples_gP.shape[1]
+    total = samples_gP.sum(1, keepdim=True)
+    value = float(f(total[:, 0] / P))
+    if P < 2:
+        return value, float("inf")
+    without = torch.stack([f(m) for m in ((total - samples_gP) / (P - 1)).T])
+    return value, float(((P - 1) / P * (without - without.mean()).square().sum()).sqrt())
 
 
 @dataclass

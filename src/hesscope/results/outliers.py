@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hesscope.figures.scales import Array
+Array = NDArray[np.float64]
 
 #: Probes agree on an eigenvalue when their nodes differ by less than this part of the distance to the next nodes.
 _AGREEMENT = 0.1
@@ -16,9 +17,14 @@ _LARGEST_WEIGHT = 4.0
 
 @dataclass(frozen=True)
 class Outlier:
-    """An eigenvalue that every probe found by itself: the mean node and the mean weight."""
+    """An eigenvalue that every probe found by itself: the mean node, its standard error over probes, the mean weight.
+
+    The error is the disagreement of the probes; all of them may still be short of the eigenvalue, which nodes approach
+    from inside.
+    """
 
     value: float
+    standard_error: float
     weight: float
 
 
@@ -33,7 +39,7 @@ def outliers(nodes: Array, weights: Array, size: int) -> tuple[list[Outlier], li
     most = (min(map(len, probes)) - 1) // 2
     upper = _from_top([t[::-1] for t in probes], [w[::-1] for w in loads], size, most)
     lower = _from_top([-t for t in probes], loads, size, most)
-    return upper, [Outlier(-o.value, o.weight) for o in lower]
+    return upper, [Outlier(-o.value, o.standard_error, o.weight) for o in lower]
 
 
 def _from_top(nodes: list[Array], weights: list[Array], size: int, most: int) -> list[Outlier]:
@@ -45,5 +51,6 @@ def _from_top(nodes: list[Array], weights: list[Array], size: int, most: int) ->
         gap = min(here) - max(after)
         if max(here) - min(here) > _AGREEMENT * gap or load * size > _LARGEST_WEIGHT:
             break
-        found.append(Outlier(float(np.mean(here)), load))
+        error = float(np.std(here, ddof=1) / len(here) ** 0.5) if len(here) > 1 else float("inf")
+        found.append(Outlier(float(np.mean(here)), error, load))
     return found

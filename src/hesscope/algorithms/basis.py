@@ -1,0 +1,154 @@
+"""Where an orthonormal basis is kept: with the parameters, in main memory, or on disk.
+
+Shape legend: n coordinates; m vectors so far; p vectors after a restart; K vectors formed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes
+from hesscope.space import Space, Vectors, vectors
+
+_GROWTH = 1.5
+_FIRST_ROWS = 8
+_CHUNK = 2**20  # coordinates of one parameter rotated at once
+
+
+@dataclass(frozen=True)
+class Home:
+    """The place of a basis: a device, a folder for files that vanish with the run, or neither: where the parameters are."""
+
+    device: torch.device | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def of(cls, basis_device: str | torch.device | None, basis_folder: str | Path | None) -> Home:
+        """Raises HesscopeError where both are given, or the device or folder cannot be used."""
+        if basis_device is not None and basis_folder is not None:
+            raise HesscopeError("Expected basis_device or basis_folder, got both: a basis is in one place; choose one.")
+        if basis_folder is not None:
+            return cls(torch.device("cpu"), _usable(Path(basis_folder)))
+        try:
+            device = None if basis_device is None else torch.device(basis_device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise HesscopeError(
+                f"Expected basis_device to be a device of this machine, such as 'cpu', got {basis_device!r}."
+            ) from error
+        return cls(device)
+
+    def free_bytes(self, space: Space) -> int:
+        """What a basis of this space could take here."""
+        if self.folder is not None:
+            return shutil.disk_usage(self.folder).free
+        return available_bytes(self.device or space.device)
+
+
+class Basis:
+    """Up to `capacity` orthonormal vectors of a space; what is computed with them is computed where they are.
+
+    A vector of n numbers travels to the basis and back, never the basis to the vector.
+    """
+
+    def __init__(self, space: Space, home: Home, capacity: int) -> None:
+        self._space, self._home, self._capacity = space, home, capacity
+        self.m = 0
+        rows = capacity if home.folder is not None else min(_FIRST_ROWS, capacity)
+        self._rows: Vectors = {c.name: self._allocate(rows, c.shape, c.device) for c in space.coordinates}
+
+    @property
+    def rows(self) -> Vectors:
+        """The m vectors, where they are kept; a view."""
+        return vectors.columns(self._rows, 0, self.m)
+
+    def append(self, q: Vectors) -> Vectors:
+        """Take in one more vector; returns it as stored, with every part on its parameter's device.
+
+        The stored row has a layout that a resumed run shares: products of the same numbers laid out otherwise may round
+        otherwise.
+        """
+        for name, part in q.items():
+            if self.m == self._rows[name].shape[0]:
+                self._grow(name)
+            self._rows[name][self.m] = part[0]
+        self.m += 1
+        return self._space.place(vectors.columns(self._rows, self.m - 1, self.m))
+
+    def orthogonalise(self, w: Vectors) -> tuple[Vectors, Tensor]:
+        """w - Q h and h = Q^T w [m, K] float64 for K vectors w, by two passes of classical Gram-Schmidt."""
+        Q, total = self.rows, torch.zeros(self.m, vectors.count(w), dtype=torch.float64)
+        w = {name: part.to(Q[name].device) for name, part in w.items()}
+        for _ in range(2):
+            h = self._space.inner(Q, w)
+            w = vectors.add(w, self._space.combine(Q, h), -1.0)
+            total += h
+        return self._space.place(w), total
+
+    def combine(self, S_mK: Tensor) -> Vectors:
+        """Q S, with every part on its parameter's device."""
+        return self._space.place(self._space.combine(self.rows, S_mK))
+
+    def rotate(self, S_mp: Tensor) -> None:
+        """Q <- Q S in place, in pieces: a restart needs no second basis."""
+        p = S_mp.shape[1]
+        for rows in self._rows.values():
+            flat = rows.view(rows.shape[0], -1)
+            S = S_mp.T.to(flat.device, flat.dtype)
+            for a in range(0, flat.shape[1], _CHUNK):
+                flat[:p, a : a + _CHUNK] = S @ flat[: self.m, a : a + _CHUNK]
+        self.m = p
+
+    def restore(self, rows: Vectors) -> None:
+        """Take these vectors, such as those of a checkpoint."""
+        self.m = vectors.count(rows)
+        for c in self._space.coordinates:
+            if self._home.folder is None:
+                self._rows[c.name] = rows[c.name].to(self._home.device or c.device)
+            else:
+                self._rows[c.name][: self.m] = rows[c.name]
+
+    def _grow(self, name: str) -> None:
+        rows = self._rows[name]
+        count = min(int(self.m * _GROWTH) + 1, max(self._capacity, self.m + 1))
+        grown = rows.new_empty(count, *rows.shape[1:])
+        grown[: self.m] = rows
+        self._rows[name] = grown
+
+    def _allocate(self, rows: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if self._home.folder is None:
+            return torch.empty(rows, *shape, dtype=self._space.dtype, device=self._home.device or device)
+        return _mapped(self._home.folder, (rows, *shape), self._space.dtype)
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file without a name: the system removes it with the last use, however the process ends."""
+    number, name = tempfile.mkstemp(prefix=".hesscope-basis-", dir=folder)
+    try:
+        size = math.prod(shape)
+        os.ftruncate(number, size * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+    finally:
+        os.close(number)
+        os.unlink(name)
+
+
+def _usable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise HesscopeError(
+            f"Expected basis_folder to be a folder that can be written to, got {str(folder)!r} ({error.strerror})."
+        ) from error
+    return folder

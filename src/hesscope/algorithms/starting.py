@@ -1,0 +1,80 @@
+"""Start vectors: as the caller gives them, as the record keeps them, and as a Krylov run uses several at once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from hesscope.digest import update_with_tensor
+from hesscope.errors import HesscopeError
+from hesscope.operators import Operator
+from hesscope.results import Eigenpairs
+from hesscope.space import Vectors, vectors
+
+#: The random part of a warm start, relative to the rest: what the earlier vectors lack is still found.
+_FRESH = 0.03
+
+
+def start_vectors(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor] | None) -> Vectors | None:
+    """The vectors of an earlier result, or those of a tensor [n], [n, j] or one of {name: tensor}.
+
+    Raises HesscopeError for another size or selection, and for vectors that are zero or not finite.
+    """
+    if start is None:
+        return None
+    V = _read(H, start)
+    norms = H.space.norms(V)
+    if not bool(((norms > 0) & (norms < math.inf)).all()):
+        raise HesscopeError("Expected a start vector other than zero, with finite entries.")
+    return V
+
+
+def _read(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor]) -> Vectors:
+    if isinstance(start, Eigenpairs):
+        if {name: tuple(v.shape[1:]) for name, v in start.vectors.items()} != {
+            c.name: c.shape for c in H.space.coordinates
+        }:
+            raise HesscopeError(
+                "Expected start to be a result on the same selection as this operator; select it again."
+            )
+        return {name: part.to(H.dtype) for name, part in H.space.place(start.vectors).items()}
+    if isinstance(start, dict):
+        return H.space.from_dict(start)
+    if start.dim() not in (1, 2) or start.shape[0] != H.space.size or start.numel() == 0:
+        raise HesscopeError(f"Expected a start vector of shape [{H.space.size}], got {list(start.shape)}.")
+    return H.space.unflatten(start if start.dim() == 2 else start[:, None])
+
+
+def start_digest(given: Vectors | None) -> str | None:
+    """A SHA-256 of start vectors, for the record."""
+    if given is None:
+        return None
+    digest = hashlib.sha256()
+    for part in given.values():
+        update_with_tensor(digest, part)
+    return digest.hexdigest()
+
+
+def warm_start(H: Operator, given: Vectors | None, seed: int) -> Vectors:
+    """One start vector: random, or the sum of the unit vectors given plus a random one of 3% of its length.
+
+    A Krylov space of the sum of j near-eigenvectors has them all after j steps. Without the random part a direction that
+    has become extreme since, orthogonal to all of them, would be overlooked.
+    """
+    random = H.space.gaussian(seed, ["start"])
+    if given is None:
+        return random
+    weights = (1.0 / H.space.norms(given))[:, None]
+    total = H.space.combine(given, weights)
+    length = float(H.space.norms(total))
+    if length == 0:
+        return random
+    return vectors.add(total, random, _FRESH * length / float(H.space.norms(random)))
+
+
+def unit_columns(H: Operator, V: Vectors) -> Vectors:
+    """Every vector divided by its norm."""
+    return H.space.combine(V, torch.diag(1.0 / H.space.norms(V)))

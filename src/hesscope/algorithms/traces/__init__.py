@@ -1,0 +1,8 @@
+"""Estimators of a trace: one a file, each an iteration with an estimate and its error."""
+
+from hesscope.algorithms.traces.exchangeable import XNysTrace, XTrace
+from hesscope.algorithms.traces.hutchinson import Hutchinson
+from hesscope.algorithms.traces.hutchpp import HutchPlusPlus
+from hesscope.algorithms.traces.interface import TraceEstimator
+
+__all__ = ["HutchPlusPlus", "Hutchinson", "TraceEstimator", "XNysTrace", "XTrace"]
