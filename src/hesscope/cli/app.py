@@ -28,7 +28,8 @@ _Method = Annotated[str, typer.Option(help="auto, exact or hutchinson. auto is e
 _Estimator = Annotated[
     str,
     typer.Option(
-        "--method", help="auto, exact, hutchinson, gaussian, deflated, xdiag or nystrom; auto chooses by a pilot."
+        "--method",
+        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom or sampled; auto chooses by a pilot.",
     ),
 ]
 _Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]

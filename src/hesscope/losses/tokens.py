@@ -25,6 +25,8 @@ class TokenLoss(ABC):
 
     #: In the logits.
     convex = True
+    #: The second derivative in the logits does not depend on the targets.
+    canonical = True
 
     @abstractmethod
     def targets(self, batch: dict[str, Any]) -> Tensor:
