@@ -6,7 +6,7 @@
 
 `blocks` reads every .safetensors file of a folder as a dense symmetric matrix. `layers` takes whole weights of the first and
 the last block of a causal LM on 16 sequences of 64 tokens; their exact diagonals cost one product a weight and are kept in
-the cache. Seconds are the process's CPU time, for other programs do not count there; run with OMP_NUM_THREADS=1.
+the cache, and so are the figures of layers that are done. Seconds are the process's CPU time, for other programs do not count there; run with OMP_NUM_THREADS=1.
 
 The baseline is Hutchinson's estimator with independent signs. Its error falls exactly as 1/sqrt(products), so its squared
 error for one product, E, is measured with 200 products and it needs E / error^2 for any error.
@@ -62,7 +62,7 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = make_problem(arguments.model, arguments.text)
     last = 1 + max(int(name.split(".")[2]) for name, _ in problem.model.named_parameters() if ".layers." in name)
     names = [f"model.layers.{block}.{kind}.weight" for block in (0, last - 1) for kind in KINDS]
-    found = {name: layer(problem, name, arguments) for name in names if not arguments.only or arguments.only in name}
+    found = {name: kept_layer(problem, name, arguments) for name in names if arguments.only in name}
     for method in arguments.method:
         for target in arguments.target:
             cells = [cells[method][str(target)] for cells in (entry["runs"] for entry in found.values())]
@@ -82,6 +82,19 @@ def make_problem(model: Path, text: Path) -> hs.Problem:
     rows = (tokenizer(json.loads(line)["text"])["input_ids"] for line in text.open(encoding="utf-8"))
     ids = torch.tensor([row[:LENGTH] for row in rows if len(row) >= LENGTH][:SEQUENCES])
     return hs.causal_lm(str(model), ids, batch_size=SEQUENCES)
+
+
+def kept_layer(problem: hs.Problem, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one layer, from the cache where an earlier run of the same options left them there."""
+    options = {"methods": arguments.method, "targets": arguments.target}
+    path = arguments.cache / f"{arguments.operator}-{name}.json"
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if kept["options"] == options:
+            return kept["figures"]  # type: ignore[no-any-return]
+    found = layer(problem, name, arguments)
+    path.write_text(json.dumps({"options": options, "figures": found}), encoding="utf-8")
+    return found
 
 
 def layer(problem: hs.Problem, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
