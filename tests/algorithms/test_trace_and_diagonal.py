@@ -52,7 +52,7 @@ def test_estimates_of_a_diagonal_matrix_have_no_error(estimate: Any) -> None:
 def test_auto_is_exact_where_that_costs_no_more_than_the_budget(estimate: Any) -> None:
     H = hs.operator(generic(20))
     assert estimate(H, budget=20).method == "exact"
-    assert estimate(H, budget=19).method == "hutchinson"
+    assert estimate(H, budget=19).method != "exact"
     assert estimate(hs.operator(generic(100))).method == "exact"
     assert estimate(hs.operator(generic(101))).method != "exact"
 

@@ -63,6 +63,15 @@ def test_ragged_batches_against_dense_autograd(objective: str) -> None:
     assert torch.isfinite(found.standard_errors[1:]).all() == (objective == "nll")
 
 
+@pytest.mark.parametrize("objective", ["nll", "perplexity"])
+def test_a_gauss_newton_matrix(objective: str) -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches(), objective=objective)
+    space = hs.select(problem, *GLOBS)
+    found = hs.convergence(problem, space, operator="ggn", keep="none")
+    assert relative(found.matrix, hs.block(hs.ggn(problem, space)).matrix) < 1e-11
+    assert relative(found.matrix, hs.block(hs.hessian(problem, space)).matrix) > 1e-2
+
+
 def test_float32_is_the_block_up_to_rounding() -> None:
     problem, _ = regression(5, 2, dtype=torch.float32)
     found = hs.convergence(problem)
@@ -149,7 +158,7 @@ def test_more_than_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_operator_that_is_no_sum() -> None:
-    with pytest.raises(hs.HesscopeError, match="Expected an operator that is a sum over sequences, hessian"):
+    with pytest.raises(hs.HesscopeError, match="Expected an operator that is a sum over sequences, hessian or ggn"):
         hs.convergence(regression(2)[0], operator="fisher")
 
 

@@ -151,9 +151,12 @@ def test_a_block_of_something_else_is_refused() -> None:
         hs.cross_check(problem, space, block=block.matrix)  # type: ignore[arg-type]
     with pytest.raises(hs.HesscopeError, match="at least one column and one entry to check, got 0 and 12"):
         hs.cross_check(problem, space, columns=0)
-    gauss_newton = {**block.provenance, "operator": {"operator": "ggn"}}
-    with pytest.raises(hs.HesscopeError, match=r"a block of the Hessian, .* got one of 'ggn'"):
-        hs.cross_check(problem, space, block=dataclasses.replace(block, provenance=gauss_newton))
+    for objective in ("nll", "perplexity"):
+        likewise = problem.related(objective=objective)
+        gauss_newton = hs.block(hs.ggn(likewise, space))
+        with pytest.raises(hs.HesscopeError, match=r"a block of the Hessian, .* got one of 'ggn'"):
+            hs.cross_check(likewise, space, block=gauss_newton)
+        assert hs.cross_check(likewise, space, block=hs.block(hs.hessian(likewise, space))).passed
 
 
 def test_a_check_that_can_say_little_says_so() -> None:

@@ -63,8 +63,9 @@ class ProjectedCausalLMLoss:
         valid_T = valid_KT[: len(valid_KT) // self._copies]
         head = Head(weight.detach(), logits.detach().flatten(0, 1)[valid_T], targets_N[valid_T], self._products)
         self.form = "contracted" if head.contracted else "projected"
-        # While the graph is built: logits, those that count, their softmax and what it is made from.
-        self.bytes, self.transient_bytes = head.bytes, 4 * logits.nbytes + _CHUNK_BYTES
+        # While the graph is built: logits, those that count, their softmax and what it is made from; chunks of W.
+        chunks = 3 if head.contracted else 1
+        self.bytes, self.transient_bytes = head.bytes, 4 * logits.nbytes + chunks * _CHUNK_BYTES
         return head(watch.inputs.flatten(0, 1)[valid_KT]), len(valid_KT)
 
 

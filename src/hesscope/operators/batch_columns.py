@@ -195,8 +195,9 @@ class BatchColumns(MatrixRun):
         if isinstance(loss, ProjectedCausalLMLoss):
             self._form, held, moment = loss.form, held + loss.bytes, moment + loss.transient_bytes
         self.graph_bytes = max(self.graph_bytes, held)
-        # What is kept, and what a pass through it or its making takes beyond that for a moment.
-        self.planned_bytes = max(self.planned_bytes, held + moment)
+        # What is kept, what a pass through it or its making takes beyond that for a moment, and half as much again for
+        # what an allocator does not give back.
+        self.planned_bytes = max(self.planned_bytes, (held + moment) * 3 // 2)
         self.units += self._share[b] * 3 * plan.copies
         return graph
 

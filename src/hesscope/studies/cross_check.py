@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from hesscope.algorithms import block as compute_block
 from hesscope.algorithms.driver import provenance
 from hesscope.errors import HesscopeError, HesscopeWarning
+from hesscope.figures.subject import operator_of
 from hesscope.operators import hessian
 from hesscope.problem import Problem, select
 from hesscope.results import Block, Verification
@@ -174,6 +175,7 @@ def _require_same(block: Any, problem: Problem, space: Space) -> None:
         raise HesscopeError(
             "Expected a block over this selection, but its coordinates are others; select the same weights."
         )
-    kind = (block.provenance.get("operator") or {}).get("operator")
-    if kind not in ("hessian", "multiple"):
+    # Of a perplexity, what the rank-one update is added to: that of a Gauss-Newton matrix is none of the Hessian.
+    kind = operator_of(block).get("operator")
+    if kind != "hessian":
         raise HesscopeError(f"Expected a block of the Hessian, for that is what differences give, got one of {kind!r}.")
