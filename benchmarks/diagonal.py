@@ -6,7 +6,7 @@
 
 `blocks` reads every .safetensors file of a folder as a dense symmetric matrix. `layers` takes whole weights of the first and
 the last block of a causal LM on 16 sequences of 64 tokens; their exact diagonals cost one product a weight and are kept in
-the cache. Seconds are the process's CPU time, for other programs do not count there; run with OMP_NUM_THREADS=1.
+the cache, and so are the figures of layers that are done. Seconds are the process's CPU time, for other programs do not count there; run with OMP_NUM_THREADS=1.
 
 The baseline is Hutchinson's estimator with independent signs. Its error falls exactly as 1/sqrt(products), so its squared
 error for one product, E, is measured with 200 products and it needs E / error^2 for any error.
@@ -62,14 +62,14 @@ def layers(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = make_problem(arguments.model, arguments.text)
     last = 1 + max(int(name.split(".")[2]) for name, _ in problem.model.named_parameters() if ".layers." in name)
     names = [f"model.layers.{block}.{kind}.weight" for block in (0, last - 1) for kind in KINDS]
-    found = {name: layer(problem, name, arguments) for name in names if not arguments.only or arguments.only in name}
+    found = {name: kept_layer(problem, name, arguments) for name in names if arguments.only in name}
     for method in arguments.method:
         for target in arguments.target:
             cells = [cells[method][str(target)] for cells in (entry["runs"] for entry in found.values())]
-            for what in ("products", "seconds"):
+            for what in ("units", "seconds"):
                 mean = math.exp(sum(math.log(cell[f"{what}_ratio"]) for cell in cells) / len(cells))
                 print(
-                    f"{method} at {target}: {mean:.1f} times cheaper in {what}, geometric mean of {len(cells)} layers"
+                    f"{method} at {target}: {mean:.1f} times cheaper in {what} than Hutchinson, geometric mean of {len(cells)} layers"
                 )
     return found
 
@@ -84,24 +84,40 @@ def make_problem(model: Path, text: Path) -> hs.Problem:
     return hs.causal_lm(str(model), ids, batch_size=SEQUENCES)
 
 
+def kept_layer(problem: hs.Problem, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one layer, from the cache where an earlier run of the same options left them there."""
+    options = {"methods": arguments.method, "targets": arguments.target}
+    path = arguments.cache / f"{arguments.operator}-{name}.json"
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if kept["options"] == options:
+            return kept["figures"]  # type: ignore[no-any-return]
+    found = layer(problem, name, arguments)
+    path.write_text(json.dumps({"options": options, "figures": found}), encoding="utf-8")
+    return found
+
+
 def layer(problem: hs.Problem, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The baseline's squared error for one product, and what every method spends to reach every target."""
-    H = hs.hessian(problem, hs.select(problem, name))
+    H = getattr(hs, arguments.operator)(problem, hs.select(problem, name))
     H @ torch.ones(H.shape[0])  # builds the graph
-    d = exact(H, name, arguments.cache)
+    d = exact(H, f"{arguments.operator}-{name}", arguments.cache)
     began = time.process_time()
     plain = hs.diagonal(H, method="hutchinson", budget=BASELINE_PRODUCTS, seed=12345)
+    passes = plain.units / BASELINE_PRODUCTS
     each = (time.process_time() - began) / BASELINE_PRODUCTS
     variance = sum(float(e.double().square().sum()) for e in plain.standard_error.values()) * BASELINE_PRODUCTS
     E = variance / float(d.square().sum())
     print(f"{name}: {len(d)} weights, E = {E:.1f}, {float((d < 0).double().mean()):.0%} negative", flush=True)
     runs: dict[str, Any] = {}
     for method in arguments.method:
-        runs[method] = {str(target): run(H, d, method, target, E, each) for target in arguments.target}
+        runs[method] = {str(target): run(H, d, method, target, E, each, passes) for target in arguments.target}
     return {"weights": len(d), "baseline_E": E, "baseline_seconds_each": each, "runs": runs}
 
 
-def run(H: hs.Operator, d: torch.Tensor, method: str, target: float, E: float, each: float) -> dict[str, Any]:
+def run(
+    H: hs.Operator, d: torch.Tensor, method: str, target: float, E: float, each: float, passes: float
+) -> dict[str, Any]:
     """One run to a target, and the baseline's cost for the error that it really reached."""
     began = time.process_time()
     found = hs.diagonal(H, method=method, target_error=target, budget=4000, seed=1)
@@ -118,14 +134,14 @@ def run(H: hs.Operator, d: torch.Tensor, method: str, target: float, E: float, e
         "stated_error": found.relative_error,
         "coverage": float(((low <= d) & (d <= high)).double().mean()),
         "baseline_products": plain,
-        "products_ratio": plain / found.products,
+        "units_ratio": plain * passes / found.units,
         "seconds_ratio": plain * each / seconds,
         "estimator": found.provenance["estimator"],
     }
     print(
         f"  {method} to {target}: {found.products} products, {found.units:.0f} forward passes, error {true:.3f} (stated "
         f"{found.relative_error:.3f}), intervals cover {cell['coverage']:.0%}; Hutchinson's would need {plain:.0f} "
-        f"products: {cell['products_ratio']:.1f} times, {cell['seconds_ratio']:.1f} times in seconds",
+        f"products: {cell['units_ratio']:.1f} times the forward passes, {cell['seconds_ratio']:.1f} times in seconds",
         flush=True,
     )
     return cell
@@ -153,6 +169,7 @@ def main() -> None:
     whole.add_argument("--text", type=Path, required=True)
     whole.add_argument("--cache", type=Path, required=True)
     whole.add_argument("--only", default="", help="layers whose name contains this")
+    whole.add_argument("--operator", choices=("hessian", "ggn"), default="hessian")
     whole.add_argument("--method", nargs="+", default=["auto"])
     whole.add_argument("--target", nargs="+", type=float, default=[0.1, 0.05])
     arguments = parser.parse_args()
@@ -160,7 +177,7 @@ def main() -> None:
         figures = blocks(arguments.folder, arguments.seeds, arguments.figure)
     else:
         figures = layers(arguments)
-    name = f"diagonal_{arguments.part}"
+    name = f"diagonal_{arguments.part}" if arguments.part == "blocks" else f"diagonal_layers_{arguments.operator}"
     print(f"written to {write_record(name, {'figures': figures}, ['hesscope', 'torch', 'transformers'])}")
 
 

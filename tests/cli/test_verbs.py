@@ -17,6 +17,7 @@ ROW = "model.layers.1.self_attn.q_proj.weight[0]"
 VERBS = [
     ("block", ["--params", ROW]),
     ("diagonal", ["--params", ROW, "--method", "hutchinson", "--budget", "8"]),
+    ("diagonal-study", ["--params", ROW, "--method", "deflated", "--budget", "6", "--seeds", "1"]),
     ("eigs", ["--params", ROW, "-k", "2"]),
     ("trace", ["--budget", "8"]),
     ("density", ["--params", "*mlp*", "--probes", "2", "--steps", "5"]),
@@ -142,3 +143,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(
         flag in text for flag in ("--model", "--data", "--params", "--operator", "--output-dir", "--which", "--tol")
     )
+
+
+def test_a_study_takes_the_exact_diagonal_from_a_run_and_draws_others(command: Command, tmp_path: Path) -> None:
+    assert command("diagonal", "--params", ROW, "--method", "exact", "--output-dir", "exact") == 0
+    assert command("diagonal", "--params", ROW, "--method", "nystrom", "--budget", "7", "--output-dir", "other") == 0
+    own = ["--params", ROW, "--method", "hutchinson", "--budget", "4", "--budget", "8", "--seeds", "2"]
+    assert command("diagonal-study", *own, "--exact", "exact", "--reference", "other", "--output-dir", "out") == 0
+    study, other = hs.load(tmp_path / "out"), hs.load(tmp_path / "other")
+    d = hs.load(tmp_path / "exact").flat().double()
+    assert study.products == 2 * (4 + 8)
+    assert study.references == {"other": pytest.approx(float((other.flat().double() - d).norm() / d.norm()))}
+    assert command("trace", "--params", ROW, "--budget", "4", "--output-dir", "trace") == 0
+    assert command("diagonal-study", *own, "--exact", "trace", "--output-dir", "never") == 2

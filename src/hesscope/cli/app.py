@@ -45,7 +45,8 @@ _BasisFolder = Annotated[Path | None, typer.Option(help="Keep the basis in files
 _Estimator = Annotated[
     str,
     typer.Option(
-        "--method", help="auto, exact, hutchinson, gaussian, deflated, xdiag or nystrom; auto chooses by a pilot."
+        "--method",
+        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom or sampled; auto chooses by a pilot.",
     ),
 ]
 _Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from hesscope.figures import subject
 from hesscope.figures.scales import Array, array
@@ -49,7 +49,7 @@ def draw_diagonal_study(study: DiagonalStudy, path: Path) -> Path:
 
 def _subtitle(study: DiagonalStudy) -> list[str]:
     seeds = len(study.seeds)
-    what = subject.selection_line(study) or f"{len(study.exact):,} entries"
+    what = subject.selection_line(study) if subject.problem_of(study) else f"{len(study.exact):,} entries"
     return [what, f"mean of {seeds} seeds, band from the least to the largest" if seeds > 1 else "one seed"]
 
 
@@ -83,5 +83,6 @@ def _mark(axes: Any, budgets: list[int]) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -22,6 +22,7 @@ _METHODS = {
     "gaussian": "Hutchinson's estimate, normal probes",
     "deflated": "deflation",
     "nystrom": "cross-fitted Nyström",
+    "sampled": "sampled labels",
     "auto": "automatic choice",
     "hutch++": "Hutch++",
     "xtrace": "XTrace",

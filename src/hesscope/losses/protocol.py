@@ -62,7 +62,11 @@ class HasTerms(Protocol):
 
 @runtime_checkable
 class SamplingLoss(Protocol):
-    """A negative log-likelihood whose targets can be drawn from the model's own distribution."""
+    """A negative log-likelihood whose targets can be drawn from the model's own distribution.
+
+    One whose second derivative in the outputs does not depend on the targets may say so by an attribute
+    `canonical = True`: then it is the sampled residuals' second moment, and the GGN's diagonal can be sampled.
+    """
 
     def sample(self, outputs: Tensor, batch: Any, key: int, first: int) -> Any:
         """The batch with other targets, drawn from the model; what does not count still does not.

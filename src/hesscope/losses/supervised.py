@@ -41,6 +41,8 @@ class CrossEntropyLoss(_Supervised):
 
     #: In the outputs.
     convex = True
+    #: The second derivative in the outputs does not depend on the targets.
+    canonical = True
 
     def total_of_outputs(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         return F.cross_entropy(outputs, batch[1], reduction="sum"), self._count(outputs, batch[1])
@@ -110,6 +112,8 @@ class SquaredErrorLoss(_Supervised):
 
     #: In the outputs.
     convex = True
+    #: The second derivative in the outputs does not depend on the targets.
+    canonical = True
 
     def total_of_outputs(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         if outputs.shape != batch[1].shape:

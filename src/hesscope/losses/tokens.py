@@ -17,6 +17,8 @@ class LogitsLoss(ABC):
 
     #: In the logits.
     convex = True
+    #: The second derivative in the logits does not depend on the targets.
+    canonical = True
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The logits, [B, T, vocabulary]."""

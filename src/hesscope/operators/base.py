@@ -102,6 +102,15 @@ class Operator(ABC):
             self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=empty.dtype
         )
 
+    @property
+    def draws_diagonal(self) -> bool:
+        """Whether `draw_diagonal` can be called."""
+        return False
+
+    def draw_diagonal(self, seed: int, number: int) -> Vectors:
+        """An unbiased draw of the diagonal that costs less than a product, as one vector; counted as a product."""
+        raise HesscopeError(f"{type(self).__name__} draws no diagonals; use products.")
+
     def to_dense(self) -> Tensor:
         """The matrix [n, n], by n products; `hesscope.block` gives it labels, symmetry and cost as well.
 

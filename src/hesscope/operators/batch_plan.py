@@ -130,13 +130,16 @@ def plan_batch(
 
     Through positions: only where every selected parameter has a box and is used once, and where sequences are apart.
     """
-    tokens = _sequences_and_length(problem, b)
+    tokens = sequences_and_length(problem, b)
     every = len(boxes) == len(space.coordinates)
     once = every and all(len(uses[name] or ()) <= 1 for name in boxes)
     short = [
         c.name
         for c in space.coordinates
-        if once and tokens and _fits(boxes[c.name], uses[c.name], tokens) and _shorter(c, boxes[c.name], tokens, route)
+        if once
+        and tokens
+        and receives_every_position(boxes[c.name], uses[c.name], tokens)
+        and _shorter(c, boxes[c.name], tokens, route)
     ]
     S, T = tokens or (1, 0)
     copies = most_copies(_wanted_copies(problem, S * T, space.size)) if every and tokens else 1
@@ -155,12 +158,12 @@ def _shorter(c: Coordinates, box: Box, tokens: tuple[int, int], route: str) -> b
     return route == "positions" or box.shape[0] * tokens[1] < c.size
 
 
-def _fits(box: Box, uses: list[Use] | None, tokens: tuple[int, int]) -> bool:
+def receives_every_position(box: Box, uses: list[Use] | None, tokens: tuple[int, int]) -> bool:
     """Whether the layer receives every position of every sequence, once."""
     return bool(uses) and uses is not None and uses[0].elements == tokens[0] * tokens[1] * box.in_features
 
 
-def _sequences_and_length(problem: Problem, b: int) -> tuple[int, int] | None:
+def sequences_and_length(problem: Problem, b: int) -> tuple[int, int] | None:
     """Sequences and padded length of a language model's batch whose loss is a sum over its sequences; otherwise None."""
     batch: Any = problem.batches[b]
     if not isinstance(problem.loss, CausalLMLoss) or problem.dropout != "off" or "input_ids" not in batch:

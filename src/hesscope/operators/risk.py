@@ -16,6 +16,7 @@ from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
 from hesscope.operators.sampled import sample
+from hesscope.operators.sampled_diagonal import SampledDiagonal, has_sampled_diagonal
 from hesscope.problem import Problem, select
 from hesscope.problem.microbatches import microbatched
 from hesscope.space import Space, Vectors, vectors
@@ -47,6 +48,7 @@ class CurvatureOfRisk(Operator):
         self._graphs = KeptLinearizations(self._parts, space, engine, graph_memory)
         self._units = 0.0
         self._columns: list[BatchColumns] = []
+        self._sampled: SampledDiagonal | None = None
 
     def _matmat(self, V: Vectors) -> Vectors:
         if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
@@ -97,6 +99,18 @@ class CurvatureOfRisk(Operator):
         self._columns.append(BatchColumns(self._parts, self.space, route, self.release))
         return self._columns[-1]
 
+    @property
+    def draws_diagonal(self) -> bool:
+        return self._kind["operator"] == "ggn" and has_sampled_diagonal(self.problem)
+
+    def draw_diagonal(self, seed: int, number: int) -> Vectors:
+        if not self.draws_diagonal:
+            return super().draw_diagonal(seed, number)
+        if self._sampled is None:
+            self._sampled = SampledDiagonal(self._parts, self.space)
+        self.products += 1
+        return self._sampled.draw(seed, number)
+
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""
         self._graphs.drop()
@@ -106,7 +120,8 @@ class CurvatureOfRisk(Operator):
 
     @property
     def units(self) -> float:
-        return self._units + sum(run.units for run in self._columns)
+        sampled = self._sampled.units if self._sampled else 0.0
+        return self._units + sampled + sum(run.units for run in self._columns)
 
     def describe(self) -> dict[str, Any]:
         return {

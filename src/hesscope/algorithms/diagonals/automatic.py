@@ -1,7 +1,8 @@
 """A choice among the estimators, made from a short pilot.
 
 The pilot spends a few probes and a few Krylov directions. The probes tell the variance of a sample, without and with those
-directions: their ratio r is what deflation achieves at once. Probes of the pilot are not used again, so the choice cannot
+directions: their ratio r is what deflation achieves at once. Where the operator draws its diagonal, a few draws are compared
+with that, by variance times forward passes. Probes of the pilot are not used again, so the choice cannot
 bias what follows; the directions depend on no probe and are kept.
 """
 
@@ -10,10 +11,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from hesscope.algorithms.diagonals.deflated import BLOCK
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits
 from hesscope.algorithms.diagonals.hutchinson import Hutchinson
 from hesscope.algorithms.diagonals.nystrom import SHARE, Nystrom
+from hesscope.algorithms.diagonals.sampled import Sampled
 from hesscope.algorithms.diagonals.scheduled import vectors_that_fit
 from hesscope.algorithms.diagonals.subspace import Subspace
 from hesscope.operators import Operator
@@ -38,9 +42,10 @@ class Automatic(Estimator):
         self._chosen: Estimator | None = None
         self._why: dict[str, Any] = {}
         if vectors_that_fit(H) < 4 * (limits.products if limits.fixed else FEWEST):
-            self._follow(None, "the free memory")
+            self._follow("hutchinson", "the free memory")
         elif limits.products < FEWEST:
-            self._follow(SHARE if limits.products >= FEWEST_KEPT else None, "the small budget")
+            few = "nystrom" if limits.products >= FEWEST_KEPT else "hutchinson"
+            self._follow("sampled" if H.draws_diagonal else few, "the small budget")
 
     @property
     def probes(self) -> int:
@@ -61,7 +66,7 @@ class Automatic(Estimator):
         before = self._chosen.spent
         self._chosen.step()
         self.spent += self._chosen.spent - before
-        self.expected = PROBES + DIRECTIONS + self._chosen.expected if self._why.get("ratio") else self._chosen.expected
+        self.expected = self._why["pilot_products"] + self._chosen.expected
 
     def estimate(self) -> Estimate:
         assert self._chosen is not None
@@ -74,21 +79,37 @@ class Automatic(Estimator):
 
     def _pilot(self) -> None:
         """Measure and choose."""
+        units = self._H.units
         Z = self._H.space.rademacher(self._seed, [f"pilot/{i}" for i in range(PROBES)])
         AZ = self._multiply(Z)
+        each = (self._H.units - units) / PROBES
         while self._space.q < DIRECTIONS and (added := self._space.extend_krylov(BLOCK, self._seed, "krylov")):
             self.spent += added
-        plain, deflated = spread(Z, AZ), spread(Z, self._space.residual(Z, AZ))
+        plain = spread(vectors.multiply(Z, AZ))
+        deflated = spread(vectors.multiply(Z, self._space.residual(Z, AZ)))
         ratio = deflated / plain if plain > 0 else 1.0
-        self._follow(choice(ratio, self._limits.products), "a pilot", ratio)
-
-    def _follow(self, share: float | None, reason: str, ratio: float | None = None) -> None:
-        limits = self._limits.after(self.spent)
-        self._why = {"reason": reason, "pilot_products": self.spent, "ratio": ratio, "share": share}
-        if share is None:
-            self._chosen = Hutchinson(self._H, limits, self._seed)
+        share = choice(ratio, self._limits.products)
+        if self._H.draws_diagonal and self._draws_are_better(deflated * each):
+            self._follow("sampled", "a pilot", ratio)
         else:
-            self._chosen = Nystrom(self._H, limits, self._seed, share, self._space)
+            self._follow("hutchinson" if share is None else "nystrom", "a pilot", ratio, share)
+
+    def _draws_are_better(self, other: float) -> bool:
+        """Whether a draw's variance times its forward passes is less than `other`."""
+        units = self._H.units
+        draws = [self._H.draw_diagonal(self._seed, -1 - i) for i in range(PROBES)]
+        self.spent += PROBES
+        each = (self._H.units - units) / PROBES
+        return each * spread({name: torch.cat([draw[name] for draw in draws]) for name in draws[0]}) < other
+
+    def _follow(self, name: str, reason: str, ratio: float | None = None, share: float | None = None) -> None:
+        limits = self._limits.after(self.spent)
+        self._why = {"method": name, "reason": reason, "pilot_products": self.spent, "ratio": ratio, "share": share}
+        if name == "nystrom":
+            kept = SHARE if share is None else share
+            self._chosen = Nystrom(self._H, limits, self._seed, kept, self._space)
+        else:
+            self._chosen = (Sampled if name == "sampled" else Hutchinson)(self._H, limits, self._seed)
 
     def own_state(self) -> dict[str, Any]:
         return {"why": self._why, "space": self._space.state(), "chosen": self._chosen and self._chosen.state()}
@@ -98,7 +119,7 @@ class Automatic(Estimator):
         self._space.restore(state["space"])
         if state["chosen"] is not None:
             self.spent = why["pilot_products"]
-            self._follow(why["share"], why["reason"], why["ratio"])
+            self._follow(why["method"], why["reason"], why["ratio"], why["share"])
             assert self._chosen is not None
             self._chosen.restore(state["chosen"])
         self.spent = spent
@@ -116,8 +137,7 @@ def choice(ratio: float, products: int) -> float | None:
     return SHARE if expected < 1.0 - SHARE else 0.0
 
 
-def spread(Z: Vectors, AZ: Vectors) -> float:
-    """The variance of z * (A z), summed over the entries."""
-    samples = vectors.multiply(Z, AZ)
+def spread(samples: Vectors) -> float:
+    """The variance of the samples, summed over the entries."""
     squares = sum(float((x - x.mean(0)).double().square().sum()) for x in samples.values())
-    return squares / (vectors.count(Z) - 1)
+    return squares / (vectors.count(samples) - 1)

@@ -1,0 +1,74 @@
+"""The diagonal of a GGN from gradients at labels that are drawn from the model.
+
+With u = d(-log p(y)) / dz at labels y ~ p, every token's u_t has mean zero and E[u_t u_t^T] = H_out, and different tokens'
+are independent. So the gradient g_s of a sequence has E[g_s^2] = diag(sum over t of s of J_t^T H_out J_t), and
+
+    (1/N) sum over sequences s of  g_s^2
+
+is unbiased for diag(G), whatever the dimension, with a relative error of about sqrt(2 / sequences) for one draw. A draw costs a
+backward pass (2 forward passes); the outputs' graph is built once (1).
+"""
+
+from __future__ import annotations
+
+from hesscope.engines.squared_gradients import SquaredGradients
+from hesscope.losses import CrossEntropyLoss, SamplingLoss, residual
+from hesscope.models import state_key
+from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_uses
+from hesscope.problem import Problem
+from hesscope.space import Space, Vectors
+from hesscope.space.random import stream_key
+
+_BUILD_UNITS, _DRAW_UNITS = 1.0, 2.0
+
+
+class SampledDiagonal:
+    """Draws of the diagonal, each with labels of its own."""
+
+    def __init__(self, problem: Problem, space: Space) -> None:
+        self._problem, self._space = problem, space
+        self.units = 0.0
+        uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
+        boxes = boxes_of(space, uses)
+        self._apart = []
+        for b, used in enumerate(uses):
+            tokens = sequences_and_length(problem, b)
+            fits = {
+                name: box
+                for name, box in boxes.items()
+                if len(used[name] or ()) == 1 and (tokens is None or receives_every_position(box, used[name], tokens))
+            }
+            # Where sequences may touch one another, the batch is one of them: that is unbiased, too, with more spread.
+            self._apart.append((fits, tokens[0] if tokens else 1))
+        self._graphs: dict[int, SquaredGradients] = {}
+        self._state: object = None
+
+    def draw(self, seed: int, number: int) -> Vectors:
+        """Draw number `number` of a seed, as one vector: the diagonal of that sample's Fisher matrix per sequence."""
+        problem, total = self._problem, self._space.zeros()
+        key = stream_key(seed, f"fisher/{number}")
+        for b, count in enumerate(problem.counts):
+            graph = self._graph(b)
+            assert isinstance(problem.loss, SamplingLoss)
+            labelled = problem.loss.sample(graph.outputs, problem.on_device(b), key, sum(problem.counts[:b]))
+            u = residual(problem.require_split_loss(), graph.outputs, labelled)
+            graph.add(u, total, 1.0 / problem.N)
+            self.units += _DRAW_UNITS * count / problem.N
+        return total
+
+    def _graph(self, b: int) -> SquaredGradients:
+        """Batch b's graph; the only batch's is kept, several batches' are built anew for every draw."""
+        state = state_key(self._problem.model)
+        if state != self._state or b not in self._graphs:
+            self._graphs = {b: SquaredGradients(self._problem, b, self._space, *self._apart[b])}
+            self._state = state
+            self.units += _BUILD_UNITS * self._problem.counts[b] / self._problem.N
+        return self._graphs[b]
+
+
+def has_sampled_diagonal(problem: Problem) -> bool:
+    """Whether E[u u^T] is the loss's second derivative in the outputs: a language model's, a classifier's, a regressor's."""
+    loss = problem.loss
+    if isinstance(loss, CrossEntropyLoss) and any(batch[1].is_floating_point() for batch in problem.batches):
+        return False  # class probabilities weigh an example by their sum
+    return isinstance(loss, SamplingLoss) and bool(getattr(loss, "canonical", False))
