@@ -17,11 +17,12 @@ from hesscope.space import Vectors, vectors
 
 
 class HutchPlusPlus(TraceEstimator):
-    """tr(Q^T A Q) + mean of <g_i, (I - Q Q^T) A (I - Q Q^T) g_i>, Q an orthonormal basis of A S (Meyer et al., 2021).
+    """tr(Q^T A Q) + mean of (n - k) <g_i, A g_i> / <g_i, g_i>, Q [n, k] an orthonormal basis of A S (Meyer et al., 2021).
 
-    A third of the products makes the sketch A S of sign vectors S, a third the exact part A Q, and the rest go to fresh
-    sign vectors g_i. These are independent of Q, so the estimate is unbiased and the samples' standard error is that of
-    the estimate. With a target error, g_i are added until it is met; directions that the sketch lacks cost nothing.
+    A third of the products makes the sketch A S of sign vectors S, a third the exact part A Q, and the rest go to Gaussian
+    g_i projected off Q, whose directions are uniform there: the estimate is unbiased, and exact on the identity. (Projected
+    sign vectors have a few lengths only; two that agree by chance would state no error at all.) The g_i are independent of
+    Q, so the samples' standard error is that of the estimate. With a target error, g_i are added until it is met; directions that the sketch lacks cost nothing.
     """
 
     description = "trace, Hutch++"
@@ -81,10 +82,12 @@ class HutchPlusPlus(TraceEstimator):
     def _probe(self) -> None:
         m, sequential = len(self._values), self._target is not None
         stop = m + min(1 if sequential else chunk_size(self._H), self._most - self._spent)
-        G = self._H.space.rademacher(self._seed, range(m, stop))
+        G = self._H.space.gaussian(self._seed, range(m, stop))
         if self._Q.m:
             G = self._Q.orthogonalise(G)[0]
-        self._values += self._H.space.inner(G, self._product(G)).diagonal().tolist()
+        left = self._H.space.size - self._Q.m
+        squares = (self._H.space.norms(G) ** 2).clamp(min=torch.finfo(self._H.dtype).tiny)
+        self._values += (left * self._H.space.inner(G, self._product(G)).diagonal() / squares).tolist()
         if self._target is not None and len(self._values) >= FEWEST_PROBES:
             mean, error = self.estimate()
             before, most = self._spent - len(self._values), self._most
