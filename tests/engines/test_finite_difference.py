@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
@@ -99,3 +100,20 @@ def test_an_unknown_engine() -> None:
         "finite-difference, got 'x'",
     ):
         hs.hessian(problem, engine="x")
+
+
+def test_the_trace_of_a_language_model_in_single_precision() -> None:
+    """0.9 million weights: a step that did not fit theta and v would miss the trace by far more than this."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=64))
+    assert 0.85e6 < sum(p.numel() for p in model.parameters()) < 0.95e6
+    tokens = torch.randint(0, 1024, (2, 64), generator=torch.Generator().manual_seed(0))
+    problem = hs.causal_lm(model, tokens, batch_size=2)
+    exact, difference = (
+        hs.trace(hs.hessian(problem, engine=engine), method="hutchinson", budget=4)
+        for engine in ("reverse-over-reverse", "finite-difference")
+    )
+    assert difference.estimate == pytest.approx(exact.estimate, rel=0.02)
+    assert difference.estimate != exact.estimate

@@ -419,7 +419,9 @@ def test_what_has_no_fisher_matrix_is_refused() -> None:
         hs.fisher(sampled, per="batch")
     with pytest.raises(hs.HesscopeError, match="Expected samples to be at least 1, got 0"):
         hs.fisher(sampled, samples=0)
-    with pytest.raises(hs.HesscopeError, match=r"Expected engine to be auto or reverse-over-reverse .*, got 'finite"):
+    with pytest.raises(
+        hs.HesscopeError, match=r"Expected engine to be auto, reverse-over-reverse or streamed .*, got 'finite"
+    ):
         hs.ggn(sampled, engine="finite-difference")
     perplexity = hs.supervised(*classification(), objective="perplexity")
     for make in (hs.fisher, hs.empirical_fisher):
@@ -431,7 +433,7 @@ def test_what_has_no_fisher_matrix_is_refused() -> None:
 def test_the_record_says_which_engine_ran(make: Callable[..., hs.Operator]) -> None:
     chosen = [make(problem_with("classes"), engine=name).describe() for name in ("auto", "reverse-over-reverse")]
     assert [found["engine_choice"] for found in chosen] == [
-        "reverse-over-reverse: the only one through the outputs",
+        "reverse-over-reverse: where nothing else is asked for",
         "reverse-over-reverse, as asked",
     ]
     assert {found["engine"] for found in chosen} == {"reverse-over-reverse"}

@@ -2,7 +2,7 @@
 
 from hesscope.engines.auto import Auto
 from hesscope.engines.base import Engine, Linearization
-from hesscope.engines.choice import ENGINES, make_engine
-from hesscope.engines.through_outputs import Middle, make_output_engine
+from hesscope.engines.choice import ENGINES, make_engine, make_output_engine
+from hesscope.engines.through_outputs import Middle
 
 __all__ = ["ENGINES", "Auto", "Engine", "Linearization", "Middle", "make_engine", "make_output_engine"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from hesscope.errors import HesscopeError
+from hesscope.losses.cross_entropy import IGNORED
 from hesscope.problem import Problem
 from hesscope.problem.microbatches import split
 from hesscope.space import Space, Vectors, vectors
@@ -28,6 +31,28 @@ def one_sequence(problem: Problem) -> Problem:
             return problem.subset([b])
         return first
     return problem
+
+
+def short_slice(problem: Problem, length: int = 32) -> Problem:
+    """`one_sequence`, and of a sequence of tokens at most `length` of them, some of whose targets count.
+
+    A look at what does not fit as a whole.
+    """
+    small = one_sequence(problem)
+    batch = small.batches[0]
+    ids, labels = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("input_ids", "labels"))
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape or ids.dim() != 2:
+        return small
+    if ids.shape[1] <= length or problem.dropout == "frozen":
+        return small
+    first = int((labels != IGNORED).any(0).float().argmax())
+    start = min(max(first - 1, 0), ids.shape[1] - length)
+    window = {
+        name: x[:, start : start + length] if isinstance(x, Tensor) and x.shape[:2] == ids.shape else x
+        for name, x in batch.items()
+    }
+    short = problem.related(batches=[window])
+    return short if short.counts[0] > 0 else small
 
 
 def disagreement(space: Space, x: Vectors, y: Vectors) -> float:

@@ -7,10 +7,13 @@ from hesscope.engines.base import Engine
 from hesscope.engines.finite_difference import FiniteDifference
 from hesscope.engines.forward_mode import ForwardOverReverse, ReverseOverForward
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.engines.streaming import Streamed, StreamedThroughOutputs
+from hesscope.engines.through_outputs import Middle, ThroughOutputs
 from hesscope.errors import HesscopeError
 
 ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (ReverseOverReverse, ForwardOverReverse, ReverseOverForward, FiniteDifference)
+    engine.name: engine
+    for engine in (ReverseOverReverse, ForwardOverReverse, ReverseOverForward, Streamed, FiniteDifference)
 }
 
 
@@ -22,3 +25,15 @@ def make_engine(name: str) -> Engine:
         *others, last = ENGINES
         raise HesscopeError(f"Expected engine to be auto, {', '.join(others)} or {last}, got {name!r}.")
     return ENGINES[name]()
+
+
+def make_output_engine(name: str, middle: Middle) -> Engine:
+    """The engine of that name for the matrix J^T M J."""
+    if name == Streamed.name:
+        return StreamedThroughOutputs(middle)
+    if name not in ("auto", ThroughOutputs.name):
+        raise HesscopeError(
+            f"Expected engine to be auto, {ThroughOutputs.name} or {Streamed.name} for an operator through the outputs, got "
+            f"{name!r}."
+        )
+    return ThroughOutputs(middle, f"{ThroughOutputs.name}: where nothing else is asked for" if name == "auto" else "")

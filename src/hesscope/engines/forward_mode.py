@@ -22,7 +22,7 @@ from torch.func import grad, jvp, vmap
 
 from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
 from hesscope.engines.checking import disagreement, one_sequence, tolerated
-from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing
+from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing, quietly
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse, SavedBytes
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.memory import available_bytes
@@ -192,21 +192,13 @@ class _Passes(Linearization):
 
     def _run(self, function: Callable[[Values], Values], v: Values) -> Values:
         # Forward mode records the forward pass of the reverse one, so that gradients have to be on.
-        with torch.enable_grad(), Replacing(self._engine.replacements), _quietly(), _refusals_in_words():
+        with torch.enable_grad(), Replacing(self._engine.replacements), quietly(), _refusals_in_words():
             return {name: part.detach() for name, part in function(v).items()}
 
 
 def _how_many(activations: int, memory: int) -> int:
     """How many vectors fit into memory at once: the tangents of each take as much as the activations themselves."""
     return max(1, min(64, memory // max(activations, 1) - 1))
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Torch compiles its forward decompositions in a way that it calls deprecated, when they are first used."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
-        yield
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from hesscope.engines.reverse_over_reverse import (
     missing_derivatives_in_words,
     require_second_derivative,
 )
-from hesscope.errors import HesscopeError
 from hesscope.losses import residual
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
@@ -44,15 +43,6 @@ class ThroughOutputs(Engine):
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return _OutputGraph(problem, b, space, self._middle)
-
-
-def make_output_engine(name: str, middle: Middle) -> Engine:
-    """The engine of that name for the matrix J^T M J."""
-    if name not in ("auto", ThroughOutputs.name):
-        raise HesscopeError(
-            f"Expected engine to be auto or {ThroughOutputs.name} for an operator through the outputs, got {name!r}."
-        )
-    return ThroughOutputs(middle, f"{ThroughOutputs.name}: the only one through the outputs" if name == "auto" else "")
 
 
 class _OutputGraph(Linearization):

@@ -55,15 +55,14 @@ class KeptLinearizations:
         if b in self._kept:
             return self._kept[b], False, True
         made = self._engine.linearize(self._problem, b, self._space)
-        self._note_unused(b, made)
         keep = self._bytes + made.bytes <= self._limit
         if keep:
             self._kept[b] = made
             self._bytes += made.bytes
         return made, True, keep
 
-    def _note_unused(self, b: int, made: Linearization) -> None:
-        """Warn once, after all batches were seen, of parameters that no batch uses."""
+    def note_unused(self, b: int, made: Linearization) -> None:
+        """Warn once, after all batches were seen, of parameters that no batch uses; to be told after a batch's derivative."""
         if b in self._unused:
             return
         self._unused[b] = set(made.unused)

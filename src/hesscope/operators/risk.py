@@ -63,6 +63,7 @@ class CurvatureOfRisk(Operator):
             linearization, built, kept = self._graphs.get(b)
             before = 0 if built else linearization.passes
             linearization.add_product(V, into=result, last=not kept)
+            self._graphs.note_unused(b, linearization)
             self._spend(b, self.engine.units(built, linearization.passes - before, vectors.count(V)))
             del linearization  # one that is not kept goes before the next is built
         vectors.scale_(result, 1.0 / self._parts.N)
@@ -87,6 +88,7 @@ class CurvatureOfRisk(Operator):
             linearization, built, _ = self._graphs.get(b)
             total += linearization.total
             vectors.add_(gradient, linearization.gradient())
+            self._graphs.note_unused(b, linearization)
             self._spend(b, self.engine.units(built, 0, 0) + self.engine.gradient_units)
             del linearization
         return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)

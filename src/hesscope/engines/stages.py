@@ -1,0 +1,119 @@
+"""One stage of a streamed product: the derivatives of a piece of the model, whose graph lives only here.
+
+A stage is y = f(theta, h). With lambda the loss's derivative in y, and a prime for derivatives along a vector,
+
+    g = d <lambda, f> / d (theta, h)                                     g_h is the derivative in the stage's input
+    phi = <g_theta, v> + <g_h, h'> + <lambda', f>
+    (H v)_theta = d phi / d theta,     lambda'_in = d phi / d h
+
+phi is never formed: its parts are the seeds of one reverse pass through the graphs of g and f.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from hesscope.engines.forward_rules import REVERSE_OVER_FORWARD, Replacing, quietly
+from hesscope.engines.reverse_over_reverse import missing_derivatives_in_words, require_second_derivative
+
+Values = dict[str, Tensor]
+#: A piece of the model: parameters and its input to its output. The stem has no input.
+Piece = Callable[[Values, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Above:
+    """The loss's derivative in a stage's output, and the derivatives of that along every vector; None is zero."""
+
+    cotangent: Tensor | None
+    tangents: Sequence[Tensor | None]
+
+
+def tangent(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> Tensor | None:
+    """The derivative of a piece's output along v and dh, in forward mode; None is zero."""
+    # An argument that does not move stays out of it, for torch takes no derivative along nothing.
+    moving = (values,) if values else ()
+    along = (v,) if values else ()
+
+    def run(*at: Values | Tensor) -> Tensor:
+        parts = iter(at)
+        theta = next(parts) if values else {}
+        return piece(theta, h if dh is None else next(parts))  # type: ignore[arg-type]
+
+    if dh is not None:
+        moving, along = (*moving, h), (*along, dh)  # type: ignore[assignment]
+    if not moving:
+        return None
+    with torch.no_grad(), Replacing(REVERSE_OVER_FORWARD), quietly():
+        result: Tensor = jvp(run, moving, along)[1]
+        return result
+
+
+class Graph:
+    """A piece's graph in its parameters and, where a stage lies below, in its input."""
+
+    def __init__(self, piece: Piece, values: Values, h: Tensor | None, wants_below: bool) -> None:
+        self._names = list(values)
+        leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
+        h_leaf = None if h is None else h.detach().requires_grad_(wants_below)
+        self._wants_below = wants_below and h_leaf is not None
+        self._inputs = [*leaves.values(), *([h_leaf] if self._wants_below and h_leaf is not None else [])]
+        with torch.enable_grad():
+            self.y = piece(leaves, h_leaf)
+
+    @property
+    def constant(self) -> bool:
+        """Whether nothing that is differentiated reaches the output."""
+        return not self.y.requires_grad or not self._inputs
+
+    def transposed(self, u: Tensor | None, last: bool) -> tuple[Values, Tensor | None]:
+        """J^T u: {name: part}, and the part that goes to the stage below."""
+        if self.constant:
+            return {}, None
+        found = torch.autograd.grad(self.y, self._inputs, u, retain_graph=not last, allow_unused=True)
+        return self._split(found)
+
+    def second_order(
+        self, above: Above | None, vectors: Sequence[Values], tangents: Sequence[Tensor | None]
+    ) -> tuple[list[Values], Above | None, set[str]]:
+        """For every vector {name: part of H v}; what the stage below needs; the parameters that are used.
+
+        Without `above` the output is the loss itself.
+        """
+        cotangent = None if above is None else above.cotangent
+        if self.constant or (above is not None and cotangent is None):
+            return [{} for _ in vectors], None, set()
+        with torch.enable_grad():
+            g = torch.autograd.grad(self.y, self._inputs, cotangent, create_graph=True, allow_unused=True)
+        require_second_derivative(g)
+        first, g_h = self._split(g)
+        parts: list[Values] = []
+        below: list[Tensor | None] = []
+        for k, (v, dh) in enumerate(zip(vectors, tangents, strict=True)):
+            seeds = [(part, v[name]) for name, part in first.items()] + [(g_h, dh)]
+            seeds += [(self.y, above.tangents[k])] if above is not None else []
+            found, through = self._seeded(seeds, last=k == len(vectors) - 1)
+            parts.append(found)
+            below.append(through)
+        under = Above(None if g_h is None else g_h.detach(), below) if self._wants_below else None
+        return parts, under, set(first)
+
+    def _seeded(self, seeds: Sequence[tuple[Tensor | None, Tensor | None]], last: bool) -> tuple[Values, Tensor | None]:
+        """The derivative of the sum of <x, seed> in every input."""
+        curved = [(x, s.to(x.dtype)) for x, s in seeds if x is not None and s is not None and x.requires_grad]
+        if not curved:
+            return {}, None
+        with missing_derivatives_in_words():
+            found = torch.autograd.grad(
+                [x for x, _ in curved], self._inputs, [s for _, s in curved], retain_graph=not last, allow_unused=True
+            )
+        return self._split(found)
+
+    def _split(self, found: Sequence[Tensor | None]) -> tuple[Values, Tensor | None]:
+        parts = {name: part for name, part in zip(self._names, found, strict=False) if part is not None}
+        return parts, found[-1] if self._wants_below else None

@@ -1,0 +1,74 @@
+"""The streamed engine, for the Hessian and for matrices through the outputs."""
+
+from __future__ import annotations
+
+from hesscope.engines.base import Engine, Linearization
+from hesscope.engines.checking import disagreement, short_slice, tolerated
+from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.engines.streamed import StreamedBatch, StreamedHessian, StreamedOutputs
+from hesscope.engines.through_outputs import Middle, ThroughOutputs
+from hesscope.engines.trunk_plan import TrunkPlan
+from hesscope.errors import HesscopeError
+from hesscope.problem import Problem
+from hesscope.space import Space
+
+
+class Streamed(Engine):
+    """For a model whose graph does not fit. Before its first product it is held to the graph's on a short sequence.
+
+    Raises HesscopeError where the model's blocks are no chain, or the product is another.
+    """
+
+    name = "streamed"
+    build_units = 1.0
+    pass_units = 3.0
+    product_units = 9.0
+    gradient_units = 3.0
+
+    def __init__(self) -> None:
+        self._plan: TrunkPlan | None = None
+
+    def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
+        if self._plan is None:
+            self._plan = TrunkPlan(short_slice(problem), space)
+        return self._batch(problem, b, space, self._plan)
+
+    def prepare(self, problem: Problem, space: Space) -> float:
+        if self.note:
+            return 0.0
+        small, reference = short_slice(problem), self._reference()
+        self._plan = TrunkPlan(small, space)
+        v, ours, theirs = space.rademacher(0, ["engine/0"]), space.zeros(), space.zeros()
+        self._batch(small, 0, space, self._plan).add_product(v, ours)
+        reference.linearize(small, 0, space).add_product(v, theirs, last=True)
+        gap = disagreement(space, ours, theirs)
+        if gap > tolerated(space):
+            raise HesscopeError(
+                f"Expected the streamed product to equal {reference.name}'s, but on a short sequence it differs by {gap:.1e}: "
+                "the model carries values around its blocks; use another engine."
+            )
+        self.note = f"{self.name}, as asked: agrees with {reference.name} to {gap:.1e} on a short sequence"
+        return small.counts[0] / problem.N * (self.units(1, 1, 1) + reference.units(1, 0, 1))
+
+    def _reference(self) -> Engine:
+        return ReverseOverReverse()
+
+    def _batch(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> StreamedBatch:
+        return StreamedHessian(problem, b, space, plan)
+
+
+class StreamedThroughOutputs(Streamed):
+    """J^T M J: up once with tangents, and down once."""
+
+    pass_units = 1.0
+    product_units = 5.0
+
+    def __init__(self, middle: Middle) -> None:
+        super().__init__()
+        self._middle = middle
+
+    def _reference(self) -> Engine:
+        return ThroughOutputs(self._middle)
+
+    def _batch(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> StreamedBatch:
+        return StreamedOutputs(problem, b, space, plan, self._middle)

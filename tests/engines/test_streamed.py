@@ -1,0 +1,250 @@
+"""Products of which one block's graph lives at a time are those of the whole graph, on every architecture that allows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from torch import Tensor, nn
+
+import hesscope as hs
+from architectures import ARCHITECTURES, ragged_batches, tiny, unused_experts_allowed
+from hesscope.engines import make_engine
+from hesscope.losses import CausalLMLoss, PositionsLoss, positions
+from oracles import keeping_double, relative
+
+EXACT, CASTS, SINGLE = 1e-10, 1e-6, 1e-5
+
+every_architecture = pytest.mark.parametrize("name", list(ARCHITECTURES))
+OPERATORS = {"hessian": hs.hessian, "ggn": hs.ggn, "empirical fisher": hs.empirical_fisher}
+
+
+def product(
+    model: nn.Module, engine: str, count: int = 2, pattern: str = "*", operator: str = "hessian"
+) -> tuple[Tensor, Any]:
+    problem = hs.causal_lm(model, ragged_batches())
+    A = OPERATORS[operator](problem, hs.select(problem, pattern), engine=engine)
+    with unused_experts_allowed():
+        return A.space.flatten(A.matmat(A.space.gaussian(1, list(range(count))))), A
+
+
+@every_architecture
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
+def test_in_float64(name: str, operator: str) -> None:
+    model = tiny(name)
+    expected, _ = product(model, "reverse-over-reverse", operator=operator)
+    found, A = product(model, "streamed", operator=operator)
+    assert relative(found, expected) < (CASTS if ARCHITECTURES[name].casts else EXACT)
+    assert A.describe()["engine_choice"].startswith("streamed, as asked: agrees with reverse-over-reverse to")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_in_float64_with_the_models_casts_taken_out(name: str) -> None:
+    model = tiny(name)
+    with keeping_double(model):
+        assert relative(product(model, "streamed")[0], product(model, "reverse-over-reverse")[0]) < EXACT
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_in_float32(name: str) -> None:
+    model = tiny(name, torch.float32)
+    assert relative(product(model, "streamed")[0], product(model, "reverse-over-reverse")[0]) < SINGLE
+
+
+#: One name a piece of the model, and several pieces at once.
+SELECTIONS = [
+    "transformer.h.1.*",
+    "transformer.h.0.mlp.*",
+    "transformer.ln_f.*",
+    "transformer.wpe.weight",
+    "transformer.wte.weight",
+]
+
+
+@pytest.mark.parametrize("pattern", SELECTIONS)
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_parts_of_a_model(pattern: str, operator: str) -> None:
+    """Before, in, and after the trunk; the tied embedding is on both sides of it."""
+    model = tiny("gpt2")
+    expected, _ = product(model, "auto", 3, pattern, operator)
+    assert relative(product(model, "streamed", 3, pattern, operator)[0], expected) < EXACT
+
+
+def test_parts_of_parameters_and_one_vector_or_several() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    space = hs.select(problem, {"transformer.h.1.attn.c_attn.weight": [3, 90, 41], "transformer.ln_f.bias": None})
+    identity = torch.eye(space.size, dtype=torch.float64)
+    expected, H = hs.hessian(problem, space) @ identity, hs.hessian(problem, space, "streamed")
+    assert relative(H @ identity, expected) < EXACT
+    assert relative(torch.stack([H @ e for e in identity], 1), expected) < EXACT
+
+
+def test_the_gradient_and_the_perplexity() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches(), objective="perplexity")
+    space = hs.select(problem, "transformer.h.*")
+    V = torch.randn(space.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert relative(hs.hessian(problem, space, "streamed") @ V, hs.hessian(problem, space) @ V) < EXACT
+
+
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
+def test_logits_of_a_few_positions_at_a_time(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    """Down to one position a chunk, in batches whose lengths are no multiples of a chunk."""
+    model = tiny("gpt2")
+    expected, _ = product(model, "reverse-over-reverse", operator=operator)
+    seen: list[int] = []
+    whole = PositionsLoss.total
+
+    def counting(self: PositionsLoss, *arguments: Any) -> Any:
+        seen.append(1)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(PositionsLoss, "total", counting)
+    for size in (1, 37 * 8 * 3 * 4):
+        monkeypatch.setattr(positions, "_CHUNK_BYTES", size)
+        assert relative(product(model, "streamed", operator=operator)[0], expected) < EXACT
+    assert seen or operator == "ggn"
+
+
+def test_positions_add_up_to_the_whole_loss() -> None:
+    """For a model that treats positions one by one."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double()
+
+    class Wrapped(nn.Module):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            out: Tensor = model(input_ids)
+            return out
+
+    ids = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids == 2, -100)}
+    loss = CausalLMLoss()
+    total, count = loss.total(Wrapped(), batch)
+    parts = [PositionsLoss(loss, slice(a, a + 2)).total(Wrapped(), batch) for a in (0, 2, 4)]
+    torch.testing.assert_close(sum(part for part, _ in parts), total)
+    assert sum(n for _, n in parts) == count
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_odd_lengths(length: int) -> None:
+    model = tiny("llama")
+    ids = torch.randint(3, 30, (2, length + 1), generator=torch.Generator().manual_seed(0))
+    problem = hs.causal_lm(model, ids, batch_size=1)
+    space = hs.select(problem, "model.layers.*")
+    v = torch.ones(space.size, dtype=torch.float64)
+    assert relative(hs.hessian(problem, space, "streamed") @ v, hs.hessian(problem, space) @ v) < CASTS
+
+
+def test_what_is_kept_is_the_borders() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    space = hs.select(problem, "transformer.h.1.*")
+    made = make_engine("streamed").linearize(problem, 0, space)
+    sequences, length = problem.batches[0]["input_ids"].shape
+    assert made.bytes == 2 * sequences * length * 8 * 8  # into block 1 and out of it, width 8, float64
+    assert made.total == pytest.approx(float(problem.total(0)[0]))
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = tiny("gpt2")
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    product(model, "streamed")
+    for name, module in model.named_modules():
+        assert set(module.__dict__) == set(before[name])
+        assert "forward" not in module.__dict__
+
+
+def test_the_model_follows_a_change_of_its_weights() -> None:
+    model = tiny("gpt2")
+    problem = hs.causal_lm(model, ragged_batches())
+    space = hs.select(problem, "transformer.h.1.*")
+    v = torch.ones(space.size, dtype=torch.float64)
+    H = hs.hessian(problem, space, "streamed")
+    before = H @ v
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    assert relative(H @ v, hs.hessian(problem, space) @ v) < EXACT
+    assert relative(H @ v, before) > 1e-4
+
+
+def test_an_unused_parameter_has_zero_rows_and_a_warning() -> None:
+    model = tiny("gpt2")
+    model.register_parameter("spare", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    problem = hs.causal_lm(model, ragged_batches())
+    H = hs.hessian(problem, hs.select(problem, "transformer.ln_f.*", "spare"), "streamed")
+    with pytest.warns(hs.HesscopeWarning, match="does not depend on spare"):
+        product = H @ torch.ones(H.shape[0], dtype=torch.float64)
+    assert not product[-2:].any()
+    assert product[:-2].all()
+
+
+# ---- what is refused
+
+
+def test_a_model_without_a_trunk_is_refused() -> None:
+    problem = hs.supervised(nn.Linear(3, 2), [(torch.ones(2, 3), torch.zeros(2).long())])
+    with pytest.raises(hs.HesscopeError, match=r"Expected a model with a list of like blocks for engine='streamed'"):
+        hs.hessian(problem, engine="streamed") @ torch.ones(8)
+
+
+def test_frozen_dropout_is_refused() -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches(), dropout="frozen")
+    with pytest.raises(hs.HesscopeError, match="another mask"):
+        hs.hessian(problem, hs.select(problem, "transformer.ln_f.*"), "streamed") @ torch.ones(16).double()
+
+
+def test_a_detour_around_the_blocks_is_refused() -> None:
+    """T5 hands every block a bias that its first block has computed from a parameter."""
+    model = T.T5ForConditionalGeneration(
+        T.T5Config(vocab_size=37, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    ).double()
+    ids = torch.randint(3, 30, (2, 5), generator=torch.Generator().manual_seed(0))
+    problem = hs.seq2seq_lm(model.eval(), [{"input_ids": ids, "labels": ids}])
+    with pytest.raises(hs.HesscopeError):
+        hs.hessian(problem, engine="streamed") @ torch.ones(sum(p.numel() for p in model.parameters())).double()
+
+
+class Skipping(nn.Module):
+    """Its head reads the input of the first block again, unseen by the recording."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 4)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
+        self.out = nn.Linear(4, 11)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = start = self.embed(input_ids)
+        for layer in self.layers:
+            h = layer(h)
+        logits: Tensor = self.out(h * start)
+        return logits
+
+
+def test_a_skip_connection_past_the_trunk_is_noticed() -> None:
+    """The head's recomputed start is constant neither way: the embedding's part through it is found, or refused."""
+    model = Skipping().double()
+    ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+    problem = hs.Problem(model, CausalLMLoss(), [{"input_ids": ids, "labels": ids}])
+    v = torch.randn(sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(1)).double()
+    expected = hs.hessian(problem) @ v
+    assert relative(hs.hessian(problem, engine="streamed") @ v, expected) < EXACT
+
+
+class Between(Skipping):
+    """Something between the blocks."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids)
+        for layer in self.layers:
+            h = layer(h) * 2.0
+        logits: Tensor = self.out(h)
+        return logits
+
+
+def test_something_between_the_blocks_is_refused() -> None:
+    model = Between().double()
+    ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+    problem = hs.Problem(model, CausalLMLoss(), [{"input_ids": ids, "labels": ids}])
+    with pytest.raises(hs.HesscopeError, match="puts something between them"):
+        hs.hessian(problem, engine="streamed") @ torch.ones(sum(p.numel() for p in model.parameters())).double()
