@@ -16,7 +16,8 @@ import hesscope as hs
 from architectures import ARCHITECTURES, ragged_batches, tiny
 from custom_functions import OneAtATime, WrongForward, once_problem
 from hesscope.engines import make_engine
-from hesscope.engines.forward_mode import NotInForwardMode, ReverseOverForward
+from hesscope.engines.forward_context import NotInForwardMode
+from hesscope.engines.forward_mode import ReverseOverForward
 from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, Replacing
 from hesscope.losses.cross_entropy import summed_cross_entropy
 from oracles import keeping_double, relative

@@ -15,7 +15,8 @@ import torch
 
 from hesscope.engines.base import Engine, Linearization
 from hesscope.engines.checking import disagreement, tolerated
-from hesscope.engines.forward_mode import ForwardMode, ForwardOverReverse, NotInForwardMode, ReverseOverForward
+from hesscope.engines.forward_context import NotInForwardMode
+from hesscope.engines.forward_mode import ForwardMode, ForwardOverReverse, ReverseOverForward
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from torch.func import grad, jvp, vmap
 
 from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
 from hesscope.engines.checking import disagreement, one_sequence, tolerated
-from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing, quietly
+from hesscope.engines.forward_context import NotInForwardMode, quietly, refusals_in_words
+from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse, SavedBytes
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.memory import available_bytes
@@ -126,10 +126,6 @@ class ReverseOverForward(ForwardMode):
         return result
 
 
-class NotInForwardMode(HesscopeError):
-    """An operation of the model has no forward derivative."""
-
-
 class _Passes(Linearization):
     """One batch's loss, ready to be run with tangents."""
 
@@ -192,24 +188,10 @@ class _Passes(Linearization):
 
     def _run(self, function: Callable[[Values], Values], v: Values) -> Values:
         # Forward mode records the forward pass of the reverse one, so that gradients have to be on.
-        with torch.enable_grad(), Replacing(self._engine.replacements), quietly(), _refusals_in_words():
+        with torch.enable_grad(), Replacing(self._engine.replacements), quietly(), refusals_in_words():
             return {name: part.detach() for name, part in function(v).items()}
 
 
 def _how_many(activations: int, memory: int) -> int:
     """How many vectors fit into memory at once: the tangents of each take as much as the activations themselves."""
     return max(1, min(64, memory // max(activations, 1) - 1))
-
-
-@contextmanager
-def _refusals_in_words() -> Iterator[None]:
-    """Torch refuses in many words what has no forward derivative or no rule for a batch of tangents."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, HesscopeError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotInForwardMode(f"an operation of the model does not run in forward mode ({reason[:160]})") from error

@@ -8,9 +8,7 @@ operation of this table, and many more, to reverse-over-reverse.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +32,6 @@ class Replacing(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._replacements.get(func, func)(*args, **(kwargs or {}))
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Torch compiles its forward decompositions in a way that it calls deprecated, when they are first used."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
-        yield
 
 
 def _normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 
-from hesscope.engines.forward_rules import REVERSE_OVER_FORWARD, Replacing, quietly
+from hesscope.engines.forward_context import NotInForwardMode, quietly, refusals_in_words
+from hesscope.engines.forward_rules import REVERSE_OVER_FORWARD, Replacing
 from hesscope.engines.reverse_over_reverse import missing_derivatives_in_words, require_second_derivative
 
 Values = dict[str, Tensor]
@@ -35,23 +37,46 @@ class Above:
 
 
 def tangent(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> Tensor | None:
-    """The derivative of a piece's output along v and dh, in forward mode; None is zero."""
-    # An argument that does not move stays out of it, for torch takes no derivative along nothing.
-    moving = (values,) if values else ()
-    along = (v,) if values else ()
+    """The derivative of a piece's output along v and dh; None is zero.
 
-    def run(*at: Values | Tensor) -> Tensor:
+    In forward mode; what has none (a custom function) goes through two reverse passes.
+    """
+    if not values and dh is None:
+        return None
+    try:
+        return _forward(piece, values, h, v, dh)
+    except NotInForwardMode:
+        return _twice_reverse(piece, values, h, v, dh)
+
+
+def _forward(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> Tensor:
+    # An argument that does not move stays out of it, for torch takes no derivative along nothing.
+    def run(*at: Any) -> Tensor:
         parts = iter(at)
         theta = next(parts) if values else {}
-        return piece(theta, h if dh is None else next(parts))  # type: ignore[arg-type]
+        return piece(theta, h if dh is None else next(parts))
 
+    moving = [values] if values else []
+    along = [v] if values else []
     if dh is not None:
-        moving, along = (*moving, h), (*along, dh)  # type: ignore[assignment]
-    if not moving:
-        return None
-    with torch.no_grad(), Replacing(REVERSE_OVER_FORWARD), quietly():
-        result: Tensor = jvp(run, moving, along)[1]
+        moving, along = [*moving, h], [*along, dh]  # type: ignore[list-item]
+    with torch.no_grad(), Replacing(REVERSE_OVER_FORWARD), quietly(), refusals_in_words():
+        result: Tensor = jvp(run, tuple(moving), tuple(along))[1]
         return result
+
+
+def _twice_reverse(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> Tensor | None:
+    """J v as the derivative in u of <J^T u, v>, which is linear in u."""
+    graph = Graph(piece, values, h, wants_below=dh is not None)
+    if graph.constant:
+        return None
+    with torch.enable_grad():
+        u = torch.zeros_like(graph.y, requires_grad=True)
+        parts, below = graph.transposed(u, last=False, differentiable=True)
+        seeds = [(part, v[name]) for name, part in parts.items()] + [(below, dh)]
+        live = [(x, s.to(x.dtype)) for x, s in seeds if x is not None and s is not None and x.requires_grad]
+        with missing_derivatives_in_words():
+            return torch.autograd.grad([x for x, _ in live], u, [s for _, s in live], materialize_grads=True)[0]
 
 
 class Graph:
@@ -71,11 +96,13 @@ class Graph:
         """Whether nothing that is differentiated reaches the output."""
         return not self.y.requires_grad or not self._inputs
 
-    def transposed(self, u: Tensor | None, last: bool) -> tuple[Values, Tensor | None]:
+    def transposed(self, u: Tensor | None, last: bool, differentiable: bool = False) -> tuple[Values, Tensor | None]:
         """J^T u: {name: part}, and the part that goes to the stage below."""
         if self.constant:
             return {}, None
-        found = torch.autograd.grad(self.y, self._inputs, u, retain_graph=not last, allow_unused=True)
+        found = torch.autograd.grad(
+            self.y, self._inputs, u, retain_graph=not last, create_graph=differentiable, allow_unused=True
+        )
         return self._split(found)
 
     def second_order(

@@ -10,7 +10,6 @@ A product costs 3 forward passes for h', 3 for the graphs, which a call's vector
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ from hesscope.engines.trunk_run import Pieces, record
 from hesscope.losses import CausalLMLoss, PositionsLoss, output_weight, position_chunks
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
+
+_Piece = tuple[Piece, Values, Tensor | None]
 
 
 class StreamedBatch(Linearization):
@@ -74,7 +75,7 @@ class StreamedBatch(Linearization):
     def _picked(self, names: dict[str, str]) -> Values:
         return {local: self._values[name] for local, name in names.items()}
 
-    def _block(self, i: int) -> tuple[Piece, Values, Tensor]:
+    def _block(self, i: int) -> _Piece:
         """The i-th of the blocks that a derivative reaches, with its parameters and its input."""
         number = self._plan.start + i
 
@@ -87,7 +88,7 @@ class StreamedBatch(Linearization):
     def _block_names(self, i: int) -> dict[str, str]:
         return self._plan.inside[self._plan.start + i]
 
-    def _stem(self) -> tuple[Piece, Values, None]:
+    def _stem(self) -> _Piece:
         return lambda values, h: self._pieces.stem(values), self._picked(self._outside_names), None
 
     def _slices(self) -> list[slice]:
@@ -97,11 +98,11 @@ class StreamedBatch(Linearization):
             return [slice(None)]
         return position_chunks(h.shape[0], h.shape[1], weight.shape[0] * max(h.itemsize, 4))
 
-    def _heads(self) -> list[tuple[Piece, Values, Tensor]]:
+    def _heads(self) -> list[_Piece]:
         """The loss of a few positions at a time, with the head's parameters and its input."""
         loss, slices = self._problem.loss, self._slices()
 
-        def part(where: slice) -> tuple[Piece, Values, Tensor]:
+        def part(where: slice) -> _Piece:
             some = PositionsLoss(loss, where) if len(slices) > 1 and isinstance(loss, CausalLMLoss) else None
 
             def run(values: Values, h: Tensor | None) -> Tensor:
@@ -191,7 +192,7 @@ class StreamedHessian(StreamedBatch):
         return Above(cotangent, [self._joined([a.tangents[k] for a in found]) for k in range(vectors.count(V))])
 
     def _stage(
-        self, piece: Any, names: dict[str, str], above: Above | None, V: Vectors, tangents: list[Tensor | None],
+        self, piece: _Piece, names: dict[str, str], above: Above | None, V: Vectors, tangents: list[Tensor | None],
         below: bool, into: Vectors,
     ) -> Above:  # fmt: skip
         """One stage's parts of the product, added; returns what the stage below needs."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from hesscope.engines.base import Engine, Linearization
 from hesscope.engines.checking import disagreement, short_slice, tolerated
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
@@ -39,7 +43,7 @@ class Streamed(Engine):
         small, reference = short_slice(problem), self._reference()
         self._plan = TrunkPlan(small, space)
         v, ours, theirs = space.rademacher(0, ["engine/0"]), space.zeros(), space.zeros()
-        self._batch(small, 0, space, self._plan).add_product(v, ours)
+        self._look(small, space, self._plan).add_product(v, ours)
         reference.linearize(small, 0, space).add_product(v, theirs, last=True)
         gap = disagreement(space, ours, theirs)
         if gap > tolerated(space):
@@ -52,6 +56,10 @@ class Streamed(Engine):
 
     def _reference(self) -> Engine:
         return ReverseOverReverse()
+
+    def _look(self, small: Problem, space: Space, plan: TrunkPlan) -> StreamedBatch:
+        """The batch that is held to the reference's."""
+        return self._batch(small, 0, space, plan)
 
     def _batch(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> StreamedBatch:
         return StreamedHessian(problem, b, space, plan)
@@ -68,7 +76,15 @@ class StreamedThroughOutputs(Streamed):
         self._middle = middle
 
     def _reference(self) -> Engine:
-        return ThroughOutputs(self._middle)
+        return ThroughOutputs(_identity)
+
+    def _look(self, small: Problem, space: Space, plan: TrunkPlan) -> StreamedBatch:
+        # Labels drawn for M belong to whole batches, and it is J that is in question.
+        return StreamedOutputs(small, 0, space, plan, _identity)
 
     def _batch(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> StreamedBatch:
         return StreamedOutputs(problem, b, space, plan, self._middle)
+
+
+def _identity(problem: Problem, b: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda u: u
