@@ -142,3 +142,13 @@ def test_helpers_on_several_vectors(space: Space) -> None:
     assert torch.equal(dense(U), X)  # none of them wrote into its argument
     vectors.add_(U, V, 2.0)
     assert torch.allclose(dense(U), X + 2 * Y)
+
+
+@pytest.mark.parametrize("size", [1, 2**15 - 1, 2**15, 3 * 2**20 + 5])
+def test_long_sums_in_single_precision(size: int) -> None:
+    """Plain float32 sums of three million squares are wrong in the fifth digit."""
+    space = Space([coordinates("long", (size,), dtype=torch.float32), coordinates("short", (3,), dtype=torch.float32)])
+    X = torch.randn(size + 3, 2, generator=torch.Generator().manual_seed(0)).abs()
+    V, exact = space.unflatten(X), X.double().T @ X.double()
+    torch.testing.assert_close(space.inner(V, V), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(space.norms(V), exact.diagonal().sqrt(), rtol=1e-6, atol=0)
