@@ -96,7 +96,7 @@ def test_an_unknown_engine() -> None:
     problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
     with pytest.raises(
         hs.HesscopeError,
-        match="Expected engine to be auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward or "
+        match="Expected engine to be auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward, streamed or "
         "finite-difference, got 'x'",
     ):
         hs.hessian(problem, engine="x")

@@ -1,4 +1,4 @@
-"""The GGN of a small model is that of another library: `pip install --no-deps curvlinops-for-pytorch` and what it imports."""
+"""The GGN of a small model is that of another library, where `pip install 'hesscope[peers]'` was possible."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ curvlinops = pytest.importorskip(
 )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs, and torch's own in what they call
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_batches_of_unequal_sizes(kind: str) -> None:
     g = torch.Generator().manual_seed(0)

@@ -218,8 +218,8 @@ def _products(u_Kn: Tensor, v_Ln: Tensor) -> Tensor:
     """
     n = u_Kn.shape[1]
     whole = n - n % _PIECE
-    u_PKc = u_Kn[:, :whole].unflatten(1, (-1, _PIECE)).transpose(0, 1)
-    v_PcL = v_Ln[:, :whole].unflatten(1, (-1, _PIECE)).permute(1, 2, 0)
+    u_PKc = u_Kn[:, :whole].reshape(len(u_Kn), whole // _PIECE, _PIECE).transpose(0, 1)
+    v_PcL = v_Ln[:, :whole].reshape(len(v_Ln), whole // _PIECE, _PIECE).permute(1, 2, 0)
     rest = u_Kn[:, whole:] @ v_Ln[:, whole:].T
     return torch.bmm(u_PKc, v_PcL).double().sum(0) + rest.double()
 
@@ -228,9 +228,10 @@ def _squares(v_Kn: Tensor) -> Tensor:
     """Squared norms, [K] float64, summed as `_products` does."""
     n = v_Kn.shape[1]
     whole = n - n % _NORM_PIECE
-    pieces_KP = torch.linalg.vector_norm(v_Kn[:, :whole].unflatten(1, (-1, _NORM_PIECE)), dim=2)
+    pieces_KP = torch.linalg.vector_norm(v_Kn[:, :whole].reshape(len(v_Kn), whole // _NORM_PIECE, _NORM_PIECE), dim=2)
     rest_K = torch.linalg.vector_norm(v_Kn[:, whole:], dim=1)
-    return pieces_KP.double().square().sum(1) + rest_K.double().square()
+    total: Tensor = pieces_KP.double().square().sum(1) + rest_K.double().square()
+    return total
 
 
 def flat_space(size: int, dtype: torch.dtype, device: torch.device) -> Space:
