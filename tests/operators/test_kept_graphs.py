@@ -106,6 +106,22 @@ def test_gradients_pay_for_graphs_only(model: nn.Module) -> None:
     assert H.units == pytest.approx(9)
 
 
+def test_the_gradients_values_go_with_the_first_product(model: nn.Module) -> None:
+    """They are as large as the parameters, once a batch; a gradient asked for later is computed anew."""
+    H = make(model, EVERYTHING)
+    risk, before = H.risk_and_gradient()
+    made = H._graphs.get(0)[0]
+    values = [weakref.ref(g) for g in made._values]
+    H @ columns(H, 1)
+    gc.collect()
+    assert all(ref() is None for ref in values)
+    spent = H.units
+    again, after = H.risk_and_gradient()
+    assert again == risk
+    assert all(torch.allclose(before[name], after[name], rtol=1e-12) for name in before)
+    assert H.units - spent == pytest.approx(3)
+
+
 def test_release_lets_go_of_the_graphs(model: nn.Module) -> None:
     H = make(model, EVERYTHING)
     V = columns(H)

@@ -89,7 +89,7 @@ class Auto(Engine):
 
     def _copy_units(self) -> None:
         self.build_units, self.pass_units = self._engine.build_units, self._engine.pass_units
-        self.product_units, self.gradient_units = self._engine.product_units, self._engine.gradient_units
+        self.product_units = self._engine.product_units
 
 
 def _trial(engine: Engine, problem: Problem, space: Space, V: Vectors, expected: Vectors) -> tuple[float, str, float]:

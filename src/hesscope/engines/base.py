@@ -29,6 +29,8 @@ class Linearization(ABC):
     unused: list[str]
     #: Passes over the parameters that products have made so far, where an engine shares them between a call's vectors.
     passes: int = 0
+    #: What the gradient would cost now, in forward passes of the batch.
+    gradient_units: float = 0.0
 
     @abstractmethod
     def gradient(self) -> Vectors:
@@ -50,8 +52,6 @@ class Engine(ABC):
     build_units: float
     pass_units: float = 0.0
     product_units: float
-    #: Cost of the gradient on a linearization.
-    gradient_units: float = 0.0
     #: What the engine has to say about itself, for the record of a result.
     note: str = ""
 

@@ -24,13 +24,14 @@ class FiniteDifference(Engine):
     name = "finite-difference"
     build_units = 0.0
     product_units = 12.0
-    gradient_units = 3.0
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return _Differences(problem, b, space)
 
 
 class _Differences(Linearization):
+    gradient_units = 3.0
+
     def __init__(self, problem: Problem, b: int, space: Space) -> None:
         self._problem, self._b, self._space = problem, b, space
         self._values = parameter_values(problem, space)

@@ -41,7 +41,6 @@ class ForwardMode(Engine):
     """
 
     build_units = 3.0
-    gradient_units = 3.0
     replacements: Replacements
 
     def __init__(self) -> None:
@@ -95,7 +94,6 @@ class ForwardMode(Engine):
         warnings.warn(f"Products come from {self.note}.", HesscopeWarning, stacklevel=2)
         self._instead = other
         self.build_units, self.pass_units, self.product_units = other.build_units, 0.0, other.product_units
-        self.gradient_units = other.gradient_units
 
 
 class ForwardOverReverse(ForwardMode):
@@ -128,6 +126,8 @@ class ReverseOverForward(ForwardMode):
 
 class _Passes(Linearization):
     """One batch's loss, ready to be run with tangents."""
+
+    gradient_units = 3.0
 
     def __init__(self, problem: Problem, b: int, space: Space, engine: ForwardMode) -> None:
         self._problem, self._b, self._space, self._engine = problem, b, space, engine

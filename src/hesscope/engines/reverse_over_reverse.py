@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from hesscope.engines.base import Engine, Linearization, parameter_values
+from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
 from hesscope.errors import HesscopeError
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
@@ -32,17 +33,27 @@ class ReverseOverReverse(Engine):
 
 
 class _GradientGraph(Linearization):
-    """The differentiable gradient of one batch's summed loss with respect to the selected parameters."""
+    """The differentiable gradient of one batch's summed loss with respect to the selected parameters.
+
+    Products need the gradient's graph, not its values, which are as large as the parameters: the first product drops them.
+    """
 
     def __init__(self, problem: Problem, b: int, space: Space) -> None:
-        self._space = space
+        self._problem, self._b, self._space = problem, b, space
         self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
         meter = SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
             total, _ = problem.total(b, self._leaves)
-            self._gradients = self._differentiate(total)
-        require_second_derivative(self._gradients)
-        self.unused = [name for name, g in zip(self._leaves, self._gradients, strict=True) if g is None]
+            gradients = self._differentiate(total)
+        require_second_derivative(gradients)
+        self._values: list[Tensor | None] | None = gradients
+        # Constant parts of the gradient (a loss linear in a parameter) have no graph and add nothing to products.
+        self._curved = [
+            (c, get_gradient_edge(g), g.dtype)
+            for c, g in zip(space.coordinates, gradients, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        self.unused = [name for name, g in zip(self._leaves, gradients, strict=True) if g is None]
         self.total = float(total.detach())
         self.bytes = meter.bytes
 
@@ -52,26 +63,27 @@ class _GradientGraph(Linearization):
             return [None] * len(self._leaves)
         return list(torch.autograd.grad(total, list(self._leaves.values()), create_graph=True, allow_unused=True))
 
+    @property
+    def gradient_units(self) -> float:  # type: ignore[override]
+        return 0.0 if self._values is not None else 3.0
+
     def gradient(self) -> Vectors:
-        result = self._space.zeros()
-        for c, g in zip(self._space.coordinates, self._gradients, strict=True):
+        result, values = self._space.zeros(), self._values
+        if values is None:
+            values = list(gradient_parts(self._problem, self._b, self._leaves)[1].values())
+        for c, g in zip(self._space.coordinates, values, strict=True):
             if g is not None:
                 result[c.name][0] = c.gather(g.detach())
         return result
 
     def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
+        self._values = None
         count = vectors.count(V)
-        # Constant parts of the gradient (a loss linear in a parameter) have no graph and add nothing.
-        curved = [
-            (c, g)
-            for c, g in zip(self._space.coordinates, self._gradients, strict=True)
-            if g is not None and g.requires_grad
-        ]
-        for k in range(count if curved else 0):
-            seeds = [c.scatter(V[c.name][k]).to(g.dtype) for c, g in curved]
+        for k in range(count if self._curved else 0):
+            seeds = [c.scatter(V[c.name][k]).to(dtype) for c, _, dtype in self._curved]
             with missing_derivatives_in_words():
                 columns = torch.autograd.grad(
-                    [g for _, g in curved],
+                    [edge for _, edge, _ in self._curved],
                     list(self._leaves.values()),
                     grad_outputs=seeds,
                     retain_graph=not (last and k == count - 1),

@@ -29,6 +29,8 @@ _Piece = tuple[Piece, Values, Tensor | None]
 class StreamedBatch(Linearization):
     """One batch's hidden states at the borders of the blocks that a derivative reaches."""
 
+    gradient_units = 3.0
+
     def __init__(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> None:
         self._problem, self._b, self._space, self._plan = problem, b, space, plan
         self._values = parameter_values(problem, space)

@@ -27,7 +27,6 @@ class Streamed(Engine):
     build_units = 1.0
     pass_units = 3.0
     product_units = 9.0
-    gradient_units = 3.0
 
     def __init__(self) -> None:
         self._plan: TrunkPlan | None = None

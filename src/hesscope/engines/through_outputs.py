@@ -36,7 +36,6 @@ class ThroughOutputs(Engine):
     name = "reverse-over-reverse"
     build_units = 3.0
     product_units = 4.0
-    gradient_units = 2.0
 
     def __init__(self, middle: Middle, note: str = "") -> None:
         self._middle, self.note = middle, note
@@ -47,6 +46,8 @@ class ThroughOutputs(Engine):
 
 class _OutputGraph(Linearization):
     """One batch's outputs z, the graph of J^T u at u = 0, and M."""
+
+    gradient_units = 2.0
 
     def __init__(self, problem: Problem, b: int, space: Space, middle: Middle) -> None:
         self._problem, self._b, self._space = problem, b, space

@@ -87,9 +87,10 @@ class CurvatureOfRisk(Operator):
         for b in range(len(self._parts.batches)):
             linearization, built, _ = self._graphs.get(b)
             total += linearization.total
+            spent = self.engine.units(built, 0, 0) + linearization.gradient_units
             vectors.add_(gradient, linearization.gradient())
             self._graphs.note_unused(b, linearization)
-            self._spend(b, self.engine.units(built, 0, 0) + self.engine.gradient_units)
+            self._spend(b, spent)
             del linearization
         return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)
 
