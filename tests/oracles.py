@@ -299,3 +299,78 @@ def jacobian(z: Tensor, parameters: Sequence[Tensor], picked: list[tuple[int, in
     found = torch.autograd.grad(z, parameters, unit, is_grads_batched=True, materialize_grads=True)
     columns = [found[i].flatten(1)[:, flat] for i, flat in picked]
     return torch.stack(columns, -1).reshape(*z.shape, len(picked))
+
+
+# ---- what linear layers receive and what comes back, one target at a time
+
+
+@dataclass(frozen=True)
+class LayerPairs:
+    """Of one linear layer the inputs [P, c] and output derivatives [P, r] at the positions whose output some target depends on.
+
+    `sequences` [P] numbers the sequences; `terms` counts the targets of all batches.
+    """
+
+    a: Tensor
+    g: Tensor
+    sequences: Tensor
+    terms: int
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """G = (1/N) sum of g g^T and A, the mean of a a^T, outer product by outer product."""
+        G = torch.stack([torch.outer(g, g) for g in self.g]).sum(0) / self.terms
+        return G, torch.stack([torch.outer(a, a) for a in self.a]).mean(0)
+
+    def fisher(self, per: str) -> Tensor:
+        """(1/N) sum of vec(g a^T) vec(g a^T)^T over positions ("token") or over sums of g a^T over a sequence."""
+        parts = torch.einsum("pr,pc->prc", self.g, self.a).flatten(1)
+        if per == "sequence":
+            parts = torch.stack([parts[self.sequences == s].sum(0) for s in self.sequences.unique()])
+        return parts.T @ parts / self.terms
+
+
+def layer_pairs(model: nn.Module, batches: Sequence[Batch], layer: str, targets: Tensor) -> LayerPairs:
+    """Run a causal LM in float64 with these targets, and differentiate -log p of one target after another.
+
+    A position is taken where the derivative of any target is not zero.
+    """
+    copied = prepared_copy(model, torch.float64).requires_grad_(False)
+    module = copied.get_submodule(layer)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def tap(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.clone() if output.requires_grad else output.clone().requires_grad_()
+        seen.append((inputs[0].detach(), output))
+        return output
+
+    module.register_forward_hook(tap)
+    found, first, sequences = [], 0, 0
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            labels = labels_of(batch)
+            valid = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            log_p = copied(**inputs, use_cache=False).logits.log_softmax(-1)
+            a, y = seen.pop()
+            places = valid.nonzero().tolist()
+            g, taken = torch.zeros_like(y), torch.zeros(y.shape[:2], dtype=torch.bool)
+            for (s, t), target in zip(places, targets[first : first + len(places)].tolist(), strict=True):
+                of_target = torch.autograd.grad(-log_p[s, t, target], y, retain_graph=True)[0]
+                g, taken = g + of_target, taken | of_target.any(-1)
+            found.append((a[taken], g[taken], sequences + taken.nonzero()[:, 0]))
+            first, sequences = first + len(places), sequences + len(labels)
+    a, g, of = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return LayerPairs(a, g, of, first)
+
+
+def sampled_targets(model: nn.Module, batches: Sequence[Batch], seed: int, sample: int = 0) -> Tensor:
+    """Labels from a causal LM in float64: the k-th target that counts inverts its distribution at the k-th uniform number."""
+    copied, p = prepared_copy(model, torch.float64), []
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            valid = labels_of(batch)[:, 1:] != -100
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            p.append(copied(**inputs, use_cache=False).logits[:, :-1][valid].softmax(-1))
+    cumulative = torch.cat(p).cumsum(-1)
+    u = random.uniforms(random.stream_key(seed, f"fisher/{sample}"), torch.arange(len(cumulative)))
+    return (cumulative < u[:, None]).sum(-1)

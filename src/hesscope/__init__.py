@@ -14,6 +14,7 @@ _HOMES = {
     "Operator": "hesscope.operators",
     "Problem": "hesscope.problem",
     "Space": "hesscope.space",
+    "approximations": "hesscope.studies",
     "block": "hesscope.algorithms",
     "causal_lm": "hesscope.problem",
     "convergence": "hesscope.studies",
@@ -26,6 +27,7 @@ _HOMES = {
     "fisher": "hesscope.operators",
     "ggn": "hesscope.operators",
     "hessian": "hesscope.operators",
+    "kfac": "hesscope.operators",
     "lanczos": "hesscope.algorithms",
     "load": "hesscope.results",
     "operator": "hesscope.operators",
@@ -41,11 +43,11 @@ _HOMES = {
 if TYPE_CHECKING:
     from hesscope.algorithms import block, density, diagonal, diagonal_study, eigs, lanczos, structure, trace
     from hesscope.errors import HesscopeError, HesscopeWarning
-    from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, operator
+    from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, kfac, operator
     from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
     from hesscope.results import load
     from hesscope.space import Space
-    from hesscope.studies import convergence, cross_check, perplexity_study
+    from hesscope.studies import approximations, convergence, cross_check, perplexity_study
     from hesscope.verification import verify
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Operator",
     "Problem",
     "Space",
+    "approximations",
     "block",
     "causal_lm",
     "convergence",
@@ -66,6 +69,7 @@ __all__ = [
     "fisher",
     "ggn",
     "hessian",
+    "kfac",
     "lanczos",
     "load",
     "operator",

@@ -44,6 +44,10 @@ def verification() -> Verification:
 
 
 KINDS: dict[str, Callable[[], Result]] = {
+    "approximations": lambda: hs.approximations(
+        hs.operator(generic(12)), others={"one": hs.operator(torch.eye(12).double())}
+    ),
+    "approximations, parts alone": lambda: hs.approximations(of_a_model(), kinds=["diagonal", "rows"]),
     "block": lambda: hs.block(operator()),
     "block of float32": lambda: hs.block(operator(torch.float32)),
     "block of bfloat16": lambda: Block(**COST, matrix=torch.eye(2).bfloat16(), labels=["a[0]", "a[1]"], asymmetry=0.0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
-from hesscope.algorithms.diagonals import Entries, Estimator, Limits
+from hesscope.algorithms.diagonals import Estimator, Limits, exact_entries, products_needed
 from hesscope.algorithms.diagonals.automatic import Automatic
 from hesscope.algorithms.diagonals.deflated import Deflated
 from hesscope.algorithms.diagonals.hutchinson import Hutchinson
@@ -53,7 +53,7 @@ def diagonal(
     entries first.
 
     Args:
-        method: "exact" (n products); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
+        method: "exact" (n products, or none where the operator knows its diagonal, as K-FAC does); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
             "deflated", exact on a Krylov space and probes on its complement; "xdiag", leave-one-out; "nystrom", deflation
             with a low-rank approximation made of the other probes; "sampled", gradients at labels drawn from the model, for
             a GGN; or "auto": exact where that needs no more products
@@ -76,14 +76,14 @@ def diagonal(
     """
     method = "hutchinson" if method == "rademacher" else method
     _check(method, max_seconds, directions)
-    exact = check_estimation("diagonal", method, budget, target_error, H.space.size, METHODS)
+    exact = check_estimation("diagonal", method, budget, target_error, products_needed(H), METHODS)
     open_ended = target_error is not None or max_seconds is not None
     limits = Limits(probes_allowed(budget, 0.0 if open_ended else None), target_error, max_seconds)
     seed = run_seed(seed, checkpoint)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     options |= {k: v for k, v in (("max_seconds", max_seconds), ("directions", directions)) if v is not None}
     if exact:
-        entries = Entries(H, "diagonal, exact")
+        entries = exact_entries(H, "diagonal, exact")
         spent = drive(H, entries, options, checkpoint)
         return _exact(H, spent, entries.values, seed)
     run = estimator(H, method, limits, seed, directions)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.diagonal import METHODS, estimator
-from hesscope.algorithms.diagonals import Entries, Estimate, Limits, relative_error
+from hesscope.algorithms.diagonals import Estimate, Limits, exact_entries, relative_error
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
@@ -96,9 +96,9 @@ class _Study(Iteration):
         self, H: Operator, methods: list[str], budgets: list[int], seeds: list[int], exact: Tensor | None
     ) -> None:
         self._H, self._methods, self._budgets, self.seeds = H, methods, budgets, seeds
-        self._entries = Entries(H, self.description) if exact is None else None
+        self._entries = exact_entries(H, self.description) if exact is None else None
         self._exact = exact
-        self.expected = sum(budgets) * len(methods) * len(seeds) + (H.space.size if exact is None else 0)
+        self.expected = sum(budgets) * len(methods) * len(seeds) + (self._entries.expected if self._entries else 0)
         self._cells = [(m, b, s) for m in range(len(methods)) for b in range(len(budgets)) for s in range(len(seeds))]
         self._next = 0
         self.figures = torch.zeros(len(methods), len(budgets), len(seeds), _FIGURES, dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 
 from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
-from hesscope.algorithms.diagonals import Entries
+from hesscope.algorithms.diagonals import exact_entries, products_needed
 from hesscope.algorithms.driver import drive
 from hesscope.algorithms.traces import Hutchinson, HutchPlusPlus, TraceEstimator, XNysTrace, XTrace
 from hesscope.errors import HesscopeError
@@ -40,7 +40,7 @@ def trace(
     and Webber, 2024), more exact still, with an error that is an indication.
 
     Args:
-        method: "exact" (n products), one of the above, or "auto": exact where that needs no more products than the
+        method: "exact" (n products, or none where the operator knows its diagonal, as K-FAC does), one of the above, or "auto": exact where that needs no more products than the
             budget, else "xnystrace" where the operator declares itself positive semidefinite and a basis of the budget
             fits in memory, else "hutchinson", the only one that needs no basis.
         budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
@@ -58,12 +58,12 @@ def trace(
         >>> hs.trace(hs.operator(torch.diag(torch.tensor([2.0, 1.0])))).estimate
         3.0
     """
-    exact = check_estimation("trace", method, budget, target_error, H.space.size, _METHODS)
+    exact = check_estimation("trace", method, budget, target_error, products_needed(H), _METHODS)
     seed, most = run_seed(seed, checkpoint), probes_allowed(budget, target_error)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     n = H.space.size
     if exact:
-        entries = Entries(H, "trace, exact")
+        entries = exact_entries(H, "trace, exact")
         spent = drive(H, entries, options, checkpoint)
         samples = entries.values.to("cpu", torch.float64)
         return Trace(**spent, method="exact", estimate=float(samples.sum()), standard_error=0.0,

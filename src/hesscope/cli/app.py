@@ -350,6 +350,28 @@ def convergence(
     run_convergence(common, keep)
 
 
+@app.command()
+@with_common_options
+def approximations(
+    common: CommonOptions,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            help="diagonal, rows, layers, blocks, ggn, fisher, kfac, ekfac, by commas; all but fisher by default."
+        ),
+    ] = None,
+    exact: Annotated[Path | None, typer.Option(help="Folder of a run that found the exact block.")] = None,
+) -> None:
+    """How good are diagonal, block-diagonal, Gauss-Newton and Kronecker-factored approximations? Errors and a picture.
+
+    Example: hesscope approximations --model demo --data demo --length 32 --sequences 2
+    --params 'model.layers.3.mlp.*_proj.weight[0:4, 0:8]'
+    """
+    from hesscope.cli.studying import run_approximations
+
+    run_approximations(common, kinds, exact)
+
+
 @app.command("perplexity-study")
 @with_common_options
 def perplexity_study(common: CommonOptions) -> None:

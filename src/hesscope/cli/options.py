@@ -48,9 +48,9 @@ class CommonOptions:
     first: Annotated[int | None, _option("--first", "-t", panel=_WHAT, help="Only the first so many entries of each layer, row after row.")] = None  # fmt: skip
     random: Annotated[int | None, _option("--random", panel=_WHAT, help="Only so many entries of the whole selection, drawn with --seed.")] = None  # fmt: skip
     indices: Annotated[str | None, _option("--indices", panel=_WHAT, help="JSON file that gives parameters lists of flat indices, or that JSON itself.")] = None  # fmt: skip
-    operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian, ggn, fisher or empirical-fisher.")] = "hessian"  # fmt: skip
-    per: Annotated[str | None, _option("--per", panel=_WHAT, help="Gradients of a Fisher matrix: token (default) or sequence.")] = None  # fmt: skip
-    samples: Annotated[int | None, _option("--samples", panel=_WHAT, help="Label sets that --operator fisher draws from the model; 1 by default.")] = None  # fmt: skip
+    operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian, ggn, fisher, empirical-fisher, kfac or ekfac.")] = "hessian"  # fmt: skip
+    per: Annotated[str | None, _option("--per", panel=_WHAT, help="Gradients of a Fisher matrix, or what the eigenvalues of ekfac are means over: token (default) or sequence.")] = None  # fmt: skip
+    samples: Annotated[int | None, _option("--samples", panel=_WHAT, help="Label sets that --operator fisher, kfac and ekfac draw from the model; 1 by default.")] = None  # fmt: skip
     engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward (all exact) or finite-difference.")] = "auto"  # fmt: skip
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
     output_dir: Annotated[Path | None, _option("--output-dir", panel=_OUTPUT, help="Folder to write; runs/VERB by default.")] = None  # fmt: skip

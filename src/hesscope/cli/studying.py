@@ -1,11 +1,13 @@
-"""The verbs that study exact blocks: convergence, perplexity-study, cross-check."""
+"""The verbs that study exact blocks: approximations, convergence, perplexity-study, cross-check."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from hesscope.cli.options import CommonOptions
-from hesscope.cli.running import finish, make_problem, make_space, output_folder
+from hesscope.cli.resuming import checkpoint
+from hesscope.cli.running import finish, make_problem, make_space, operator_of, output_folder
 from hesscope.errors import HesscopeError
 
 
@@ -43,6 +45,29 @@ def run_cross_check(common: CommonOptions, columns: int, entries: int, block: Pa
     result = hs.cross_check(problem, space, columns=columns, entries=entries, block=given, seed=common.seed)
     finish(result, common, folder, columns=columns, entries=entries, block=block)
     return result.passed
+
+
+def run_approximations(common: CommonOptions, kinds: str | None, exact: Path | None) -> None:
+    """`hesscope approximations`. --samples and --per belong to the label sets of what is compared, and to a Fisher operator."""
+    import hesscope as hs
+    from hesscope.cli.showing import load_kind
+    from hesscope.results import Block
+
+    folder = output_folder(common, "approximations")
+    wanted = None if kinds is None else [name.strip() for name in kinds.split(",") if name.strip()]
+    given = None if exact is None else load_kind(exact, Block)
+    of_block = common if "fisher" in common.operator else dataclasses.replace(common, samples=None, per=None)
+    kept = checkpoint(common, folder)
+    result = hs.approximations(
+        operator_of(of_block, make_problem(common)),
+        wanted,
+        samples=common.samples or 1,
+        per=common.per or "token",
+        seed=common.seed,
+        exact=given,
+        checkpoint=kept,
+    )
+    finish(result, common, folder, kept, kinds=kinds, exact=exact)
 
 
 def _require_hessian(common: CommonOptions, verb: str) -> None:

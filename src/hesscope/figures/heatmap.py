@@ -106,17 +106,18 @@ def _borders(axes: Any, labels: list[str], places: Places, cell: float) -> None:
     """
     n, rows = len(labels), segments.rows(labels)
     if len(rows) <= FEW_ROWS:
-        _grid(axes, rows, n, linewidth=0.5, alpha=0.35)
+        draw_grid(axes, rows, n, linewidth=0.5, alpha=0.35)
     if not places.blocks:
-        _grid(axes, places.parameters, n, linewidth=max(0.3, min(0.9, 8 / len(places.parameters))), alpha=0.9)
+        draw_grid(axes, places.parameters, n, linewidth=max(0.3, min(0.9, 8 / len(places.parameters))), alpha=0.9)
         return
-    _grid(axes, places.parameters, n, linewidth=min(0.4, cell), alpha=0.5)
+    draw_grid(axes, places.parameters, n, linewidth=min(0.4, cell), alpha=0.5)
     crowded = n < 20 * len(places.layers)
-    _grid(axes, places.layers, n, linewidth=max(0.3, min(0.7, 1.5 * cell)), alpha=0.35 if crowded else 0.8)
-    _grid(axes, places.blocks, n, linewidth=max(0.6, min(1.5, 3 * cell)), alpha=1.0)
+    draw_grid(axes, places.layers, n, linewidth=max(0.3, min(0.7, 1.5 * cell)), alpha=0.35 if crowded else 0.8)
+    draw_grid(axes, places.blocks, n, linewidth=max(0.6, min(1.5, 3 * cell)), alpha=1.0)
 
 
-def _grid(axes: Any, between: list[Segment], n: int, **line: Any) -> None:
+def draw_grid(axes: Any, between: list[Segment], n: int, **line: Any) -> None:
+    """Lines between neighbouring runs of coordinates, both ways."""
     places = [segment.start - 0.5 for segment in between[1:]]
     axes.vlines(places, -0.5, n - 0.5, color=INK, **line)
     axes.hlines(places, -0.5, n - 0.5, color=INK, **line)

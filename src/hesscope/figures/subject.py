@@ -13,10 +13,11 @@ _NAMES = {
     "fisher": "Fisher matrix",
     "empirical-fisher": "Empirical Fisher matrix",
     "kfac": "K-FAC",
+    "ekfac": "EKFAC",
     "matrix": "Matrix",
     "function": "Operator",
 }
-_LETTERS = {"ggn": "G", "fisher": "F", "empirical-fisher": "E", "kfac": "K"}
+_LETTERS = {"ggn": "G", "fisher": "F", "empirical-fisher": "E", "kfac": "K", "ekfac": "K"}
 _METHODS = {
     "hutchinson": "Hutchinson's estimate",
     "gaussian": "Hutchinson's estimate, normal probes",
@@ -62,7 +63,7 @@ def objective_of(result: Result) -> str:
 
 
 def operator_name(result: Result) -> str:
-    """The operator's name, as a title starts; of a Fisher matrix whether it is per token or per sequence."""
+    """The operator's name, as a title starts; of a Fisher matrix or EKFAC whether it is per token or per sequence."""
     per = operator_of(result).get("per")
     return _NAMES.get(_kind(result), "Operator") + (f" per {per}" if per else "")
 

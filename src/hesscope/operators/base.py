@@ -111,6 +111,15 @@ class Operator(ABC):
         """An unbiased draw of the diagonal that costs less than a product, as one vector; counted as a product."""
         raise HesscopeError(f"{type(self).__name__} draws no diagonals; use products.")
 
+    @property
+    def knows_diagonal(self) -> bool:
+        """Whether `known_diagonal` can be called."""
+        return False
+
+    def known_diagonal(self) -> Vectors:
+        """The exact diagonal as one vector, where the operator has it without products."""
+        raise HesscopeError(f"{type(self).__name__} does not know its diagonal; use products.")
+
     def to_dense(self) -> Tensor:
         """The matrix [n, n], by n products; `hesscope.block` gives it labels, symmetry and cost as well.
 

@@ -43,6 +43,13 @@ class Sum(Operator):
         return OneAfterAnother(matrix_run(self._first, route), matrix_run(self._second, route))
 
     @property
+    def knows_diagonal(self) -> bool:
+        return self._first.knows_diagonal and self._second.knows_diagonal
+
+    def known_diagonal(self) -> Vectors:
+        return vectors.add(self._first.known_diagonal(), self._second.known_diagonal())
+
+    @property
     def units(self) -> float:
         return sum(part.units for part in _parts(self).values())
 
@@ -76,6 +83,13 @@ class Multiple(Operator):
         return Weighted(matrix_run(self._base, route), self._factor)
 
     @property
+    def knows_diagonal(self) -> bool:
+        return self._base.knows_diagonal
+
+    def known_diagonal(self) -> Vectors:
+        return vectors.scale(self._base.known_diagonal(), self._factor)
+
+    @property
     def units(self) -> float:
         return self._base.units
 
@@ -100,6 +114,13 @@ class RankOne(Operator):
         return OuterProduct(self, self._g, self._weight)
 
     @property
+    def knows_diagonal(self) -> bool:
+        return True
+
+    def known_diagonal(self) -> Vectors:
+        return vectors.scale(vectors.multiply(self._g, self._g), self._weight)
+
+    @property
     def units(self) -> float:
         return 0.0
 
@@ -121,6 +142,13 @@ class Identity(Operator):
 
     def matrix_run(self, route: str) -> MatrixRun:
         return UnitDiagonal()
+
+    @property
+    def knows_diagonal(self) -> bool:
+        return True
+
+    def known_diagonal(self) -> Vectors:
+        return {name: torch.ones_like(part) for name, part in self.space.zeros().items()}
 
     @property
     def units(self) -> float:
@@ -150,9 +178,19 @@ class Restriction(Operator):
         whole, count = self._base.space.zeros(vectors.count(V)), vectors.count(V)
         for name, places in self._positions.items():
             whole[name].view(count, -1)[:, places] = V[name].reshape(count, -1).to(whole[name].dtype)
-        product = self._base.matmat(whole)
+        return self._part_of(self._base.matmat(whole))
+
+    @property
+    def knows_diagonal(self) -> bool:
+        return self._base.knows_diagonal
+
+    def known_diagonal(self) -> Vectors:
+        return self._part_of(self._base.known_diagonal())
+
+    def _part_of(self, V: Vectors) -> Vectors:
+        count = vectors.count(V)
         return {
-            c.name: product[c.name].reshape(count, -1)[:, self._positions[c.name]].reshape(count, *c.shape)
+            c.name: V[c.name].reshape(count, -1)[:, self._positions[c.name]].reshape(count, *c.shape)
             for c in self.space.coordinates
         }
 

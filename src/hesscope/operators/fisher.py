@@ -80,7 +80,7 @@ def fisher(
         raise HesscopeError(f"Expected samples to be at least 1, got {samples}.")
     seed = resolve_seed(seed)
     kind = {"operator": "fisher", "per": per, "samples": samples, "seed": seed}
-    middle = _outer_products(per, _SampledBatches(problem, problem.loss, samples, seed))
+    middle = _outer_products(per, SampledBatches(problem, problem.loss, samples, seed))
     return CurvatureOfRisk(problem, space, make_output_engine(engine, middle), graph_memory, kind, True)
 
 
@@ -139,7 +139,7 @@ def _checked(problem: Problem, space: Space | None, per: str, name: str) -> Spac
     return space
 
 
-class _SampledBatches:
+class SampledBatches:
     """Every batch with sampled labels in place of its own, drawn once and again only when the parameters change."""
 
     def __init__(self, problem: Problem, loss: SamplingLoss, samples: int, seed: int) -> None:

@@ -1,5 +1,6 @@
 """Results: frozen values with their error, their cost and their provenance."""
 
+from hesscope.results.approximations import Approximations
 from hesscope.results.base import Result
 from hesscope.results.block import Block
 from hesscope.results.convergence import Convergence
@@ -16,6 +17,7 @@ from hesscope.results.trace import Trace
 from hesscope.results.verification import Verification
 
 __all__ = [
+    "Approximations",
     "Block",
     "Convergence",
     "Density",

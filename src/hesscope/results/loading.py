@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hesscope.errors import HesscopeError
+from hesscope.results.approximations import Approximations
 from hesscope.results.base import MANIFEST, TENSORS, Result
 from hesscope.results.block import Block
 from hesscope.results.convergence import Convergence
@@ -27,6 +28,7 @@ KINDS: dict[str, type[Result]] = {
     kind.kind: kind
     for kind in (
         *(
+            Approximations,
             Block,
             Convergence,
             Density,

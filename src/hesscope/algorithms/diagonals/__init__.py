@@ -1,6 +1,6 @@
 """Estimators of a diagonal, one a file: each is an iteration that knows its estimate and that estimate's error."""
 
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits, relative_error
-from hesscope.algorithms.diagonals.exact import Entries
+from hesscope.algorithms.diagonals.exact import exact_entries, products_needed
 
-__all__ = ["Entries", "Estimate", "Estimator", "Limits", "relative_error"]
+__all__ = ["Estimate", "Estimator", "Limits", "exact_entries", "products_needed", "relative_error"]

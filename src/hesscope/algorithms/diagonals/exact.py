@@ -1,4 +1,4 @@
-"""Every entry by its own product."""
+"""Every entry by its own product, or all of them from an operator that knows its diagonal."""
 
 from __future__ import annotations
 
@@ -38,3 +38,38 @@ class Entries(Iteration):
     def restore(self, state: dict[str, Any]) -> None:
         self._next = state["next"]
         self.values[: self._next] = state["values"].to(self.values.device)
+
+
+class Known(Iteration):
+    """The diagonal that the operator has without products."""
+
+    expected = 1
+
+    def __init__(self, H: Operator, description: str) -> None:
+        self._H, self.description = H, description
+        self.values = torch.empty(0)
+
+    @property
+    def done(self) -> bool:
+        return len(self.values) == self._H.space.size
+
+    def step(self) -> None:
+        found = self._H.known_diagonal()
+        require_finite(self._H, found)
+        self.values = self._H.space.flatten(found)[:, 0]
+
+    def state(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.values = state["values"].to(self._H.space.device)
+
+
+def exact_entries(H: Operator, description: str) -> Entries | Known:
+    """The way to the exact diagonal."""
+    return Known(H, description) if H.knows_diagonal else Entries(H, description)
+
+
+def products_needed(H: Operator) -> int:
+    """Products that the exact diagonal, or its sum, takes."""
+    return 0 if H.knows_diagonal else H.space.size
