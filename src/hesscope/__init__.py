@@ -25,6 +25,7 @@ _HOMES = {
     "empirical_fisher": "hesscope.operators",
     "fisher": "hesscope.operators",
     "ggn": "hesscope.operators",
+    "groups": "hesscope.algorithms",
     "hessian": "hesscope.operators",
     "lanczos": "hesscope.algorithms",
     "load": "hesscope.results",
@@ -35,11 +36,23 @@ _HOMES = {
     "structure": "hesscope.algorithms",
     "supervised": "hesscope.problem",
     "trace": "hesscope.algorithms",
+    "track_eigs": "hesscope.algorithms",
     "verify": "hesscope.verification",
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, diagonal_study, eigs, lanczos, structure, trace
+    from hesscope.algorithms import (
+        block,
+        density,
+        diagonal,
+        diagonal_study,
+        eigs,
+        groups,
+        lanczos,
+        structure,
+        trace,
+        track_eigs,
+    )
     from hesscope.errors import HesscopeError, HesscopeWarning
     from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, operator
     from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
@@ -65,6 +78,7 @@ __all__ = [
     "empirical_fisher",
     "fisher",
     "ggn",
+    "groups",
     "hessian",
     "lanczos",
     "load",
@@ -75,6 +89,7 @@ __all__ = [
     "structure",
     "supervised",
     "trace",
+    "track_eigs",
     "verify",
 ]
 
