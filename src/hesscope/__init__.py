@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Importing torch takes seconds; `hesscope --help` should not. Names are resolved when they are first used.
 _HOMES = {
+    "CurvatureCallback": "hesscope.integrations",
     "HesscopeError": "hesscope.errors",
     "HesscopeWarning": "hesscope.errors",
     "Operator": "hesscope.operators",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         track_eigs,
     )
     from hesscope.errors import HesscopeError, HesscopeWarning
+    from hesscope.integrations import CurvatureCallback
     from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, operator
     from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
     from hesscope.results import load
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from hesscope.verification import verify
 
 __all__ = [
+    "CurvatureCallback",
     "HesscopeError",
     "HesscopeWarning",
     "Operator",
