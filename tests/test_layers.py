@@ -20,7 +20,7 @@ LAYERS = [
     {"operators"},
     {"results", "figures"},
     {"algorithms"},
-    {"verification", "report", "studies"},
+    {"verification", "report", "studies", "integrations"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

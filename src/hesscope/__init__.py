@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Importing torch takes seconds; `hesscope --help` should not. Names are resolved when they are first used.
 _HOMES = {
+    "CurvatureCallback": "hesscope.integrations",
     "HesscopeError": "hesscope.errors",
     "HesscopeWarning": "hesscope.errors",
     "Operator": "hesscope.operators",
@@ -26,6 +27,7 @@ _HOMES = {
     "empirical_fisher": "hesscope.operators",
     "fisher": "hesscope.operators",
     "ggn": "hesscope.operators",
+    "groups": "hesscope.algorithms",
     "hessian": "hesscope.operators",
     "kfac": "hesscope.operators",
     "lanczos": "hesscope.algorithms",
@@ -37,12 +39,25 @@ _HOMES = {
     "structure": "hesscope.algorithms",
     "supervised": "hesscope.problem",
     "trace": "hesscope.algorithms",
+    "track_eigs": "hesscope.algorithms",
     "verify": "hesscope.verification",
 }
 
 if TYPE_CHECKING:
-    from hesscope.algorithms import block, density, diagonal, diagonal_study, eigs, lanczos, structure, trace
+    from hesscope.algorithms import (
+        block,
+        density,
+        diagonal,
+        diagonal_study,
+        eigs,
+        groups,
+        lanczos,
+        structure,
+        trace,
+        track_eigs,
+    )
     from hesscope.errors import HesscopeError, HesscopeWarning
+    from hesscope.integrations import CurvatureCallback
     from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, kfac, operator
     from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
     from hesscope.results import load
@@ -51,6 +66,7 @@ if TYPE_CHECKING:
     from hesscope.verification import verify
 
 __all__ = [
+    "CurvatureCallback",
     "HesscopeError",
     "HesscopeWarning",
     "Operator",
@@ -68,6 +84,7 @@ __all__ = [
     "empirical_fisher",
     "fisher",
     "ggn",
+    "groups",
     "hessian",
     "kfac",
     "lanczos",
@@ -79,6 +96,7 @@ __all__ = [
     "structure",
     "supervised",
     "trace",
+    "track_eigs",
     "verify",
 ]
 

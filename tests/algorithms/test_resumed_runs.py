@@ -90,6 +90,7 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
     "eigs with restarts": lambda H, **c: hs.eigs(H, k=3, max_basis=8, max_products=60, **c),
     "power": lambda H, **c: hs.eigs(H, k=2, method="power", momentum="auto", max_products=45, tol=0.05, **c),
     "stochastic power": lambda H, **c: hs.eigs(H, k=2, method="power", batches=1, max_products=24, **c),
+    "groups": lambda H, **c: hs.groups(H, "layer", probes=3, steps=4, max_products=5, tol=10.0, **c),
     "hutch++": lambda H, **c: hs.trace(H, "hutch++", budget=36, **c),
     "xtrace to a target": lambda H, **c: hs.trace(H, "xtrace", budget=36, target_error=0.01, **c),
     "three-term lanczos": lambda H, **c: hs.lanczos(H, min(12, H.shape[0]), reorthogonalize=False, **c),
@@ -148,9 +149,15 @@ def noisy_products(dtype: torch.dtype) -> hs.Operator:
     return hs.operator(noisy((generic(40) + 2 * torch.eye(40)).to(dtype).__matmul__, bits=11), size=40, dtype=dtype)
 
 
+def two_layers(dtype: torch.dtype) -> hs.Operator:
+    H = language_model(dtype)
+    return hs.hessian(H.problem, hs.select(H.problem, "model.layers.1.self_attn.[kv]_proj.weight"))  # type: ignore[attr-defined]
+
+
 CASES = [
     *((name, matrix) for name in ALGORITHMS if "through" not in name and "stochastic" not in name),
     ("stochastic power", language_model),
+    ("groups", two_layers),
     *((name, language_model) for name in ("block through weights", "diagonal", "eigs", "density")),
     ("block through positions", perplexity),
     ("lanczos", finite_differences),

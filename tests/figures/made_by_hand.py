@@ -76,7 +76,7 @@ def lanczos(nodes: list[float], weights: list[float], **changes: Any) -> Lanczos
 
 
 def density(nodes: Tensor, weights: Tensor, size: int = 100, **changes: Any) -> Density:
-    from hesscope.algorithms.density import smooth
+    from hesscope.results.quadrature import smooth
 
     nodes, weights = nodes.double(), weights.double()
     used = nodes[weights > 0]

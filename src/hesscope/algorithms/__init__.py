@@ -5,8 +5,21 @@ from hesscope.algorithms.density import density
 from hesscope.algorithms.diagonal import diagonal
 from hesscope.algorithms.diagonal_study import diagonal_study
 from hesscope.algorithms.eigs import eigs
+from hesscope.algorithms.groups import groups
 from hesscope.algorithms.lanczos import lanczos
 from hesscope.algorithms.structure import structure
 from hesscope.algorithms.trace import trace
+from hesscope.algorithms.tracking import track_eigs
 
-__all__ = ["block", "density", "diagonal", "diagonal_study", "eigs", "lanczos", "structure", "trace"]
+__all__ = [
+    "block",
+    "density",
+    "diagonal",
+    "diagonal_study",
+    "eigs",
+    "groups",
+    "lanczos",
+    "structure",
+    "trace",
+    "track_eigs",
+]

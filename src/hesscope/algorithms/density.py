@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hesscope.algorithms.basis import Home
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
@@ -17,10 +15,8 @@ from hesscope.algorithms.three_term import ThreeTerm
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Density
+from hesscope.results.quadrature import density_of
 from hesscope.space import vectors
-
-_MOMENTS = 4
-_GRID = 1024
 
 
 def density(
@@ -65,44 +61,14 @@ def density(
         raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
     seed = run_seed(seed, checkpoint)
     home = Home.of(basis_device, basis_folder) if basis else None
-    run = _Quadrature(H, probes, min(steps, H.space.size), seed, home)
+    run = Quadrature(H, probes, min(steps, H.space.size), seed, home)
     options = {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed, "basis": basis}
     spent = drive(H, run, options, checkpoint)
-    nodes, weights = run.nodes, run.weights
-    used = nodes[weights > 0]
-    width = max(bandwidth or _default_bandwidth(used, torch.finfo(H.dtype).eps), float(used.max() - used.min()) / 30000)
-    grid = _grid(used, width)
-    curves = torch.stack([smooth(nodes[p], weights[p], grid, width) for p in range(probes)])
-    powers = torch.stack([(weights * nodes**p).sum(1) for p in range(1, _exact_moments(H, steps) + 1)], 1)
-    return Density(**spent, nodes=nodes, weights=weights, grid=grid, density=curves.mean(0),
-                   density_standard_error=curves.std(0) / math.sqrt(probes), moments=powers.mean(0),
-                   moments_standard_error=powers.std(0) / math.sqrt(probes), bandwidth=width,
-                   size=H.space.size, seed=seed)  # fmt: skip
+    eps = torch.finfo(H.dtype).eps
+    return density_of(run.nodes, run.weights, H.space.size, steps, eps, bandwidth, **spent, seed=seed)
 
 
-def smooth(nodes: Tensor, weights: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
-    """sum_j w_j N(x; t_j, bandwidth^2) on the grid."""
-    z = (grid[:, None] - nodes[None, :]) / bandwidth
-    return (weights * torch.exp(-0.5 * z * z)).sum(1) / (bandwidth * math.sqrt(2 * math.pi))
-
-
-def _exact_moments(H: Operator, steps: int) -> int:
-    """How many moments the quadrature has without bias: m steps are exact up to degree 2m - 1, n steps for all."""
-    return _MOMENTS if steps >= H.space.size else min(_MOMENTS, 2 * steps - 1)
-
-
-def _default_bandwidth(nodes: Tensor, eps: float) -> float:
-    spread, magnitude = float(nodes.max() - nodes.min()), float(nodes.abs().max())
-    return (spread if spread > 100 * eps * magnitude else magnitude) / 100 or 0.01
-
-
-def _grid(nodes: Tensor, width: float) -> Tensor:
-    low, high = float(nodes.min()) - 5 * width, float(nodes.max()) + 5 * width
-    # Half a bandwidth apart the points still integrate the curve to one.
-    return torch.linspace(low, high, max(_GRID, math.ceil(2 * (high - low) / width)), dtype=torch.float64)
-
-
-class _Quadrature(Iteration):
+class Quadrature(Iteration):
     """One probe after another, each `steps` Lanczos steps or fewer where its Krylov space ends."""
 
     description = "density"

@@ -90,7 +90,7 @@ def eigs(
         raise HesscopeError("Expected momentum and batches only with method='power', got them with method='lanczos'.")
     home = Home.of(basis_device, basis_folder)
     products = max(_DEFAULT_STEPS, 20 * k) if max_products is None else max_products
-    search = _Search(H, k, which, tol, products, _capacity(H, k, max_basis, home), seed, given, home)
+    search = Search(H, k, which, tol, products, basis_capacity(H, k, max_basis, home), seed, given, home)
     spent = drive(H, search, options | {"max_basis": max_basis}, checkpoint)
     pairs = Eigenpairs(
             **spent,
@@ -135,7 +135,7 @@ def _require(H: Operator, k: int, which: str, tol: float, max_products: int | No
         raise HesscopeError(f"Expected method to be one of {', '.join(_METHODS)}, got {method!r}.")
 
 
-def _capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> int:
+def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> int:
     """Vectors that the basis may have."""
     n, least = H.space.size, min(k + 2, H.space.size)
     if max_basis is not None and max_basis < least:
@@ -155,7 +155,7 @@ _COUNTERS = ("_capacity", "expected", "steps", "_look_again", "done_", "_note")
 _FOUND = ("values", "residuals", "good", "converged", "_S")
 
 
-class _Search(Iteration):
+class Search(Iteration):
     """Lanczos until the measured residuals are small; a basis that is full restarts."""
 
     description = "eigenpairs"

@@ -19,6 +19,7 @@ from hesscope.cli.running import (
     output_folder,
 )
 from hesscope.cli.separate import separable
+from hesscope.cli.tracking import models_of, run_track
 
 app = typer.Typer(
     name="hesscope",
@@ -156,6 +157,10 @@ def diagonal_study(
 @separable
 def eigs(
     common: CommonOptions,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Further models after that of --model: checkpoints to track."),
+    ] = None,
     k: Annotated[int, typer.Option("-k", "--k", help="How many eigenpairs.")] = 6,
     which: Annotated[str, typer.Option(help="LM largest magnitude, LA largest, SA smallest, BE both ends.")] = "LM",
     tol: Annotated[float, typer.Option(help="|Av - lambda v| at most tol |lambda|, measured.")] = 1e-3,
@@ -167,14 +172,21 @@ def eigs(
     method: Annotated[str, typer.Option(help="lanczos, or power: power iteration with deflation.")] = "lanczos",
     momentum: Annotated[str, typer.Option(help="For power: a number, or auto; 0 is the plain form.")] = "0",
     batches: Annotated[int | None, typer.Option(help="For power: every product on so many batches drawn anew.")] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Several models: also search from random, to count what warm starts save.")
+    ] = False,
 ) -> None:
     """The leading eigenvalues and eigenvectors by Lanczos, with measured residuals.
+
+    Several models, --model A B C (or by commas), are checkpoints: each search begins with the vectors of the one before,
+    and the overlap of consecutive leading subspaces is reported.
 
     Example: hesscope eigs --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 1024
     --sequences 64 --params 'transformer.h.*.attn.*' -k 10 --output-dir runs/gpt2-attn
     """
     import hesscope as hs
 
+    models = models_of(common, more)
     folder = output_folder(common, "eigs")
     how: dict[str, Any] = {
         "start": start,
@@ -185,6 +197,9 @@ def eigs(
     how |= {"method": method, "momentum": momentum, "batches": batches}
     own = {"k": k, "which": which, "tol": tol, "max_products": max_products, **how}
     how |= {"start": None if start is None else eigenpairs_of(start), "momentum": number_or_word(momentum)}
+    if len(models) > 1:
+        run_track(models, common, cold, {"k": k, "which": which, "tol": tol, "max_products": max_products} | how, own)
+        return
     kept = checkpoint(common, folder)
     pairs = hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept, **how)
     finish(pairs, common, folder, kept, **own)
@@ -267,6 +282,32 @@ def lanczos(
     kept = checkpoint(common, folder)
     run = hs.lanczos(make_operator(common), **own, seed=common.seed, checkpoint=kept, **where)
     finish(run, common, folder, kept, drawn=picture, **own, **where, **picture)
+
+
+@app.command()
+@with_common_options
+def groups(
+    common: CommonOptions,
+    by: Annotated[str, typer.Option(help="block, layer, or kind: all layers of one name together.")] = "block",
+    probes: Annotated[int, typer.Option(help="Sign vectors a group; the error bars come from their spread.")] = 10,
+    steps: Annotated[int, typer.Option(help="Lanczos steps a probe, for the density.")] = 30,
+    max_products: Annotated[int, typer.Option(help="Products at most for a group's extreme eigenvalues.")] = 60,
+    tol: Annotated[float, typer.Option(help="|Av - lambda v| at most tol |lambda|, measured.")] = 1e-3,
+    basis_device: _BasisDevice = None,
+    basis_folder: _BasisFolder = None,
+) -> None:
+    """Trace, extreme eigenvalues and density of every block, layer or kind of layer, and the norms between them.
+
+    Costs, a group: probes products with the whole selection, and probes x steps + max-products on the group alone.
+    """
+    import hesscope as hs
+
+    folder = output_folder(common, "groups")
+    own: dict[str, Any] = {"by": by, "probes": probes, "steps": steps, "max_products": max_products, "tol": tol}
+    where: dict[str, Any] = {"basis_device": basis_device, "basis_folder": basis_folder}
+    kept = checkpoint(common, folder)
+    found = hs.groups(make_operator(common), **own, seed=common.seed, checkpoint=kept, **where)
+    finish(found, common, folder, kept, **own, **where)
 
 
 @app.command()

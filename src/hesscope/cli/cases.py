@@ -40,12 +40,12 @@ def cases(common: CommonOptions, losses: str | None) -> list[list[Case]]:
     """
     models = _models(common.model)
     chosen = _losses(common, losses)
-    titles = _titles(models)
+    names = titles(models)
     found = []
     for model in models:
         of_model = [
             Case(
-                ", ".join(p for p in (titles[model] if len(models) > 1 else "", loss if len(chosen) > 1 else "") if p),
+                ", ".join(p for p in (names[model] if len(models) > 1 else "", loss if len(chosen) > 1 else "") if p),
                 loss,
                 dataclasses.replace(common, model=model, loss=pair[0], objective=pair[1]),
             )
@@ -84,7 +84,7 @@ def _distinct(option: str, given: str) -> list[str]:
     return names
 
 
-def _titles(models: list[str]) -> dict[str, str]:
+def titles(models: list[str]) -> dict[str, str]:
     """Names without folders, where these still tell the models apart."""
     short = {model: PurePath(model).name for model in models}
     return short if len(set(short.values())) == len(models) else {model: model for model in models}

@@ -30,7 +30,7 @@ def checkpoint(common: CommonOptions, folder: Path) -> Checkpoint:
     """The checkpoint of the run that is to write `folder`: beside it, so that the folder is complete or not there."""
     from hesscope.algorithms.checkpoint import Checkpoint
 
-    return Checkpoint(partial_folder(folder), every=common.checkpoint_every, restart=common.restart, say=_say)
+    return Checkpoint(partial_folder(folder), every=common.checkpoint_every, restart=common.restart, say=say)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -54,5 +54,6 @@ def stopped_in_words(folder: Path) -> Iterator[None]:
         raise
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line on the error stream."""
     print(f"hesscope: {line}", file=sys.stderr, flush=True)

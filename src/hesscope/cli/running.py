@@ -49,6 +49,11 @@ def prepared(problem: Problem, space: Space) -> Iterator[None]:
         _PREPARED.reset(token)
 
 
+def one_of_several() -> bool:
+    """Whether the verb runs for one layer of several, under --separately."""
+    return _PREPARED.get() is not None
+
+
 def output_folder(common: CommonOptions, verb: str) -> Path:
     """The folder to write, known to be free before anything is computed."""
     from hesscope.results.base import require_free

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hesscope.losses.cross_entropy import IGNORED, cross_entropy_residual, summed_cross_entropy
 from hesscope.losses.output_hessian import cross_entropy_hessian_product
 from hesscope.losses.sampling import sample_classes
+from hesscope.models.hooked import hooked_logits, is_hooked
 
 
 class LogitsLoss(ABC):
@@ -22,6 +23,8 @@ class LogitsLoss(ABC):
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The logits, [B, T, vocabulary]."""
+        if is_hooked(model):
+            return hooked_logits(model, batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         output = model(**inputs, use_cache=False) if hasattr(model, "config") else model(**inputs)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits

@@ -17,7 +17,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_le
 
 def context_length(model: nn.Module) -> int | None:
     """The longest input that the model's configuration admits, or None where it states none."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", getattr(model, "cfg", None))
     if config is None:
         return None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -160,6 +160,13 @@ class Operator(ABC):
 
         return Restriction(self, part)
 
+    def narrowed(self, part: Space) -> Operator | None:
+        """The same as an operator of its own, whose products cost what `part` alone needs; None where there is none.
+
+        What it spends is counted by itself and not by this operator.
+        """
+        return None
+
     def sampled(self, batches: int, seed: int, draw: int) -> Operator:
         """An unbiased operator over so many batches, drawn at random for this seed and draw.
 

@@ -39,6 +39,11 @@ class Sum(Operator):
         vectors.add_(result, self._second.matmat(V))
         return result
 
+    def narrowed(self, part: Space) -> Operator | None:
+        first = self._first.narrowed(part)
+        second = None if first is None else self._second.narrowed(part)
+        return None if first is None or second is None else Sum(first, second)
+
     def matrix_run(self, route: str) -> MatrixRun:
         return OneAfterAnother(matrix_run(self._first, route), matrix_run(self._second, route))
 
@@ -79,6 +84,10 @@ class Multiple(Operator):
     def _matmat(self, V: Vectors) -> Vectors:
         return vectors.scale(self._base.matmat(V), self._factor)
 
+    def narrowed(self, part: Space) -> Operator | None:
+        base = self._base.narrowed(part)
+        return None if base is None else Multiple(base, self._factor)
+
     def matrix_run(self, route: str) -> MatrixRun:
         return Weighted(matrix_run(self._base, route), self._factor)
 
@@ -110,6 +119,9 @@ class RankOne(Operator):
     def _matmat(self, V: Vectors) -> Vectors:
         return self.space.combine(self._g, self._weight * self.space.inner(self._g, V))
 
+    def narrowed(self, part: Space) -> Operator:
+        return RankOne(part, _read(self._g, part, _places(self.space, part)), self._weight)
+
     def matrix_run(self, route: str) -> MatrixRun:
         return OuterProduct(self, self._g, self._weight)
 
@@ -139,6 +151,9 @@ class Identity(Operator):
 
     def _matmat(self, V: Vectors) -> Vectors:
         return {name: part.to(self.dtype, copy=True) for name, part in V.items()}
+
+    def narrowed(self, part: Space) -> Operator:
+        return Identity(part)
 
     def matrix_run(self, route: str) -> MatrixRun:
         return UnitDiagonal()
@@ -170,7 +185,7 @@ class Restriction(Operator):
     def __init__(self, base: Operator, part: Space) -> None:
         if not isinstance(part, Space):
             raise HesscopeError(f"Expected a space, from hs.select(problem, ...), got {type(part).__name__}.")
-        self._positions = {c.name: _positions(base.space, c) for c in part.coordinates}
+        self._positions = _places(base.space, part)
         super().__init__(part, base.positive_semidefinite)
         self._base = base
 
@@ -178,21 +193,14 @@ class Restriction(Operator):
         whole, count = self._base.space.zeros(vectors.count(V)), vectors.count(V)
         for name, places in self._positions.items():
             whole[name].view(count, -1)[:, places] = V[name].reshape(count, -1).to(whole[name].dtype)
-        return self._part_of(self._base.matmat(whole))
+        return _read(self._base.matmat(whole), self.space, self._positions)
 
     @property
     def knows_diagonal(self) -> bool:
         return self._base.knows_diagonal
 
     def known_diagonal(self) -> Vectors:
-        return self._part_of(self._base.known_diagonal())
-
-    def _part_of(self, V: Vectors) -> Vectors:
-        count = vectors.count(V)
-        return {
-            c.name: V[c.name].reshape(count, -1)[:, self._positions[c.name]].reshape(count, *c.shape)
-            for c in self.space.coordinates
-        }
+        return _read(self._base.known_diagonal(), self.space, self._positions)
 
     @property
     def units(self) -> float:
@@ -203,6 +211,17 @@ class Restriction(Operator):
 
     def origin(self) -> dict[str, Any] | None:
         return self._base.origin()
+
+
+def _places(space: Space, part: Space) -> dict[str, Tensor]:
+    """For each parameter of a part, where its coordinates are among those of the space."""
+    return {c.name: _positions(space, c) for c in part.coordinates}
+
+
+def _read(V: Vectors, part: Space, places: dict[str, Tensor]) -> Vectors:
+    """A part of vectors."""
+    K = vectors.count(V)
+    return {c.name: V[c.name].reshape(K, -1)[:, places[c.name]].reshape(K, *c.shape) for c in part.coordinates}
 
 
 def _positions(space: Space, part: Coordinates) -> Tensor:

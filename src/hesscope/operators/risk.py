@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from hesscope.engines import Auto, Engine
@@ -40,7 +41,7 @@ class CurvatureOfRisk(Operator):
         microbatch: int | None = None,
     ) -> None:
         super().__init__(space, positive_semidefinite)
-        self._kind = kind
+        self._kind, self._graph_memory = kind, graph_memory
         self.problem = problem
         self.engine = engine
         self._microbatch = microbatch
@@ -80,6 +81,12 @@ class CurvatureOfRisk(Operator):
 
     def sampled(self, batches: int, seed: int, draw: int) -> Operator:
         return sample(self, len(self._parts.batches), batches, seed, draw)
+
+    def narrowed(self, part: Space) -> CurvatureOfRisk:
+        self.release()  # graphs kept for the whole make room for those of the part
+        return CurvatureOfRisk(
+            self.problem, part, copy(self.engine), self._graph_memory, self._kind, self.positive_semidefinite, self._microbatch
+        )  # fmt: skip
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
         """R and its gradient over the selection, from the same graphs."""
@@ -160,6 +167,9 @@ class CurvatureOfPerplexity(Operator):
 
     def _matmat(self, V: Vectors) -> Vectors:
         return self._updated()[1].matmat(V)
+
+    def narrowed(self, part: Space) -> CurvatureOfPerplexity:
+        return CurvatureOfPerplexity(self._of_risk.narrowed(part))
 
     def matrix_run(self, route: str) -> MatrixRun:
         return matrix_run(self._updated()[1], route)

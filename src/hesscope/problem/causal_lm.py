@@ -15,7 +15,7 @@ from hesscope.data.batching import require_context
 from hesscope.data.tokens import require_sequences
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, LastTokenCrossEntropyLoss, OneHotSquaredErrorLoss, SplitLoss
-from hesscope.models import context_length, load_model, load_tokenizer, place_model
+from hesscope.models import context_length, is_hooked, load_model, load_tokenizer, place_model
 from hesscope.models.loading import resolve_device, resolve_dtype
 from hesscope.problem.problem import Problem
 
@@ -88,6 +88,8 @@ def causal_lm(
     if length is not None and length < 2:
         raise HesscopeError(f"Expected length to be at least 2 (a token and the one it predicts), got {length}.")
     source = read(data, split=split, data_config=data_config, text_column=text_column)
+    if tokenizer is None and is_hooked(loaded):
+        tokenizer = getattr(loaded, "tokenizer", None)
     encode = tokenizer_of(tokenizer, name, hub) if source.kind in ("rows", "texts") else None
     window = length or min(context or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
     if source.kind in ("rows", "texts"):
@@ -165,6 +167,8 @@ def tokenizer_of(tokenizer: Any, model_name: str | None, hub: dict[str, Any]) ->
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """How many tokens the model has embeddings for, where it says so."""
+    if is_hooked(model):
+        return getattr(model.cfg, "d_vocab", None)
     get: Any = getattr(model, "get_input_embeddings", None)
     embeddings = get() if get is not None else None
     return getattr(embeddings, "num_embeddings", None)

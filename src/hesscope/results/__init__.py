@@ -8,6 +8,8 @@ from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.diagonal_study import DiagonalStudy
 from hesscope.results.eigs import Eigenpairs
+from hesscope.results.eigs_track import EigsTrack
+from hesscope.results.groups import Groups
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
 from hesscope.results.perplexity import PerplexityStudy
@@ -24,6 +26,8 @@ __all__ = [
     "Diagonal",
     "DiagonalStudy",
     "Eigenpairs",
+    "EigsTrack",
+    "Groups",
     "LanczosRun",
     "PerplexityStudy",
     "Result",

@@ -20,17 +20,8 @@ from hesscope.errors import HesscopeError
 TENSORS, MANIFEST = "result.safetensors", "manifest.json"
 #: What a result can be; a folder holds one of them, with a figure of that name.
 KINDS = (
-    *(
-        "approximations",
-        "block",
-        "convergence",
-        "density",
-        "diagonal",
-        "diagonal-study",
-        "eigs",
-        "lanczos",
-        "perplexity-study",
-    ),
+    *("approximations", "block", "convergence", "density", "diagonal", "diagonal-study"),
+    *("eigs", "eigs-track", "groups", "lanczos", "perplexity-study"),
     *("structure", "structure-comparison", "trace", "verify"),
 )
 

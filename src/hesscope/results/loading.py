@@ -17,6 +17,8 @@ from hesscope.results.density import Density
 from hesscope.results.diagonal import Diagonal
 from hesscope.results.diagonal_study import DiagonalStudy
 from hesscope.results.eigs import Eigenpairs
+from hesscope.results.eigs_track import EigsTrack
+from hesscope.results.groups import Groups
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.perplexity import PerplexityStudy
 from hesscope.results.structure import Structure
@@ -35,6 +37,8 @@ KINDS: dict[str, type[Result]] = {
             Diagonal,
             DiagonalStudy,
             Eigenpairs,
+            EigsTrack,
+            Groups,
             LanczosRun,
             PerplexityStudy,
             Structure,

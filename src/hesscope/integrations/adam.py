@@ -1,0 +1,55 @@
+"""What Adam divides its steps by, read from the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscope.errors import HesscopeError
+from hesscope.models import named_parameters
+from hesscope.operators import Operator
+from hesscope.operators.congruence import DiagonalCongruence
+from hesscope.space import Space
+
+
+def require_adam(optimizer: Any, model: nn.Module, space: Space) -> None:
+    """Raise HesscopeError unless an optimizer of Adam's kind has all selected parameters."""
+    groups = getattr(optimizer, "param_groups", [])
+    if not groups or not all("betas" in group and "eps" in group for group in groups):
+        raise HesscopeError(
+            f"Expected Adam or AdamW for the preconditioned sharpness, got {type(optimizer).__name__}; leave preconditioned "
+            "out."
+        )
+    held = {id(p) for group in groups for p in group["params"]}
+    missing = next((n for n in space.names if id(named_parameters(model)[n]) not in held), None)
+    if missing is not None:
+        raise HesscopeError(f"Expected the optimizer to train every selected parameter, but {missing} is not in it.")
+
+
+def preconditioned(H: Operator, optimizer: Any, model: nn.Module) -> Operator:
+    """D^(-1/2) H D^(-1/2) with D = sqrt(v_hat) + eps and v_hat = v / (1 - beta_2^t), t counting the parameter's steps.
+
+    Its largest eigenvalue is that of D^(-1) H, the preconditioned sharpness of Cohen et al. (2022, "Adaptive gradient
+    methods at the edge of stability"), without their factor 1 - beta_1^t, which tends to one. With `amsgrad` v is the
+    largest so far. A parameter that has made no step has v = 0.
+    """
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parameters = named_parameters(model)
+    scales = {}
+    for c in H.space.coordinates:
+        p = parameters[c.name]
+        root = _root(optimizer.state.get(p, {}), group_of[id(p)], p)
+        scales[c.name] = c.gather(root).to(H.dtype).rsqrt()[None]
+    return DiagonalCongruence(H, scales)
+
+
+def _root(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
+    """sqrt(v_hat) + eps, shaped like the parameter."""
+    v = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+    if v is None:
+        return torch.full_like(p, float(group["eps"]), requires_grad=False)
+    correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
+    root: Tensor = (v.detach().to(p.dtype) / correction).sqrt() + float(group["eps"])
+    return root

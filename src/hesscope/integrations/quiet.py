@@ -1,0 +1,31 @@
+"""Look at a model in the middle of its training, and leave no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside; every module's training flag and all random states return after.
+
+    Random states are those of Python, NumPy and torch, on the CPU and on the model's devices.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that a data loader may draw from
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

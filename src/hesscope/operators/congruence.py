@@ -1,0 +1,32 @@
+"""An operator between two copies of a diagonal matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hesscope.operators.base import Operator
+from hesscope.space import Vectors, vectors
+
+
+class DiagonalCongruence(Operator):
+    """S A S for S = diag(s): the curvature in the coordinates theta = S phi.
+
+    With s = D^(-1/2) it has the eigenvalues of D^(-1) A, those that decide the stability of a preconditioned step.
+    """
+
+    def __init__(self, base: Operator, s: Vectors) -> None:
+        super().__init__(base.space, base.positive_semidefinite)
+        self._base, self._s = base, s
+
+    def _matmat(self, V: Vectors) -> Vectors:
+        return vectors.multiply(self._base.matmat(vectors.multiply(V, self._s)), self._s)
+
+    @property
+    def units(self) -> float:
+        return self._base.units
+
+    def describe(self) -> dict[str, Any]:
+        return {"operator": "congruence", "of": self._base.describe(), "norm": float(self.space.norms(self._s))}
+
+    def origin(self) -> dict[str, Any] | None:
+        return self._base.origin()
