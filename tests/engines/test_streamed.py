@@ -153,6 +153,16 @@ def test_the_model_comes_back_as_it_was() -> None:
         assert "forward" not in module.__dict__
 
 
+def test_an_operator_for_a_part_of_the_selection() -> None:
+    """It runs through other pieces of the model than the whole."""
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    H = hs.hessian(problem, hs.select(problem, "transformer.h.1.*"), "streamed")
+    H @ torch.ones(H.shape[0], dtype=torch.float64)
+    part = hs.select(problem, "transformer.h.1.mlp.c_fc.weight")
+    v = torch.ones(part.size, dtype=torch.float64)
+    assert relative(H.narrowed(part) @ v, hs.hessian(problem, part) @ v) < EXACT
+
+
 def test_the_model_follows_a_change_of_its_weights() -> None:
     model = tiny("gpt2")
     problem = hs.causal_lm(model, ragged_batches())

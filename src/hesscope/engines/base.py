@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -62,6 +63,10 @@ class Engine(ABC):
     def prepare(self, problem: Problem, space: Space) -> float:
         """Look at the problem before the first product; returns what that cost, in passes over all the data."""
         return 0.0
+
+    def for_part(self) -> Engine:
+        """The same engine for a part of the selection; what it has found out stays."""
+        return copy(self)
 
     @abstractmethod
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 from torch import Tensor
 
@@ -30,6 +31,11 @@ class Streamed(Engine):
 
     def __init__(self) -> None:
         self._plan: TrunkPlan | None = None
+
+    def for_part(self) -> Engine:
+        other = copy(self)
+        other._plan = None  # another selection runs through other pieces
+        return other
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         if self._plan is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
 
 from hesscope.engines import Auto, Engine
@@ -85,7 +84,7 @@ class CurvatureOfRisk(Operator):
     def narrowed(self, part: Space) -> CurvatureOfRisk:
         self.release()  # graphs kept for the whole make room for those of the part
         return CurvatureOfRisk(
-            self.problem, part, copy(self.engine), self._graph_memory, self._kind, self.positive_semidefinite, self._microbatch
+            self.problem, part, self.engine.for_part(), self._graph_memory, self._kind, self.positive_semidefinite, self._microbatch
         )  # fmt: skip
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
