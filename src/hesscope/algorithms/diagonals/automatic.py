@@ -198,7 +198,8 @@ def choice(ratio: float, products: int) -> float | None:
 def nystrom_leaves(ratio: float, products: int) -> float:
     """The part of Hutchinson's squared error that a Nystrom estimate with so many products is expected to have.
 
-    r^(1.4 sqrt(p / 8)): on five whole layers of a trained model it was right within a factor of four, and by 3% on average.
+    r^(1.4 sqrt(p / 8)), a fit: on five whole layers of one trained model, with 100 and 300 products, what the estimates
+    stated was within a factor of four of it, and 0.97 times it in the geometric mean.
     """
     return float(ratio ** (_PACE * math.sqrt(products / DIRECTIONS)))
 
