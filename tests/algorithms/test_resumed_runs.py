@@ -79,6 +79,7 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
     "XDiag": lambda H, **c: hs.diagonal(H, "xdiag", budget=20, **c),
     "Nystroem diagonal to a target": lambda H, **c: hs.diagonal(H, "nystrom", budget=60, target_error=0.01, **c),
     "automatic diagonal": lambda H, **c: hs.diagonal(H, max_seconds=1e6, budget=min(61, H.shape[0] - 1), **c),
+    "per-sequence diagonal": lambda H, **c: hs.diagonal(H, "per-sequence", budget=9, **c),
     "diagonal study": lambda H, **c: hs.diagonal_study(H, ["nystrom"], [8, 12], seeds=2, **c),
     "exact trace": lambda H, **c: hs.trace(H, "exact", **c),
     "trace": lambda H, **c: hs.trace(H, "hutchinson", budget=53, **c),
@@ -155,7 +156,12 @@ def two_layers(dtype: torch.dtype) -> hs.Operator:
 
 
 CASES = [
-    *((name, matrix) for name in ALGORITHMS if "through" not in name and "stochastic" not in name),
+    *(
+        (name, matrix)
+        for name in ALGORITHMS
+        if not any(word in name for word in ("through", "stochastic", "per-sequence"))
+    ),
+    ("per-sequence diagonal", language_model),
     ("stochastic power", language_model),
     ("groups", two_layers),
     *((name, language_model) for name in ("block through weights", "diagonal", "eigs", "density")),
@@ -185,6 +191,21 @@ def test_a_run_killed_in_every_step_ends_with_the_same_bits(
     assert_same(found, expected)
     assert found.provenance["resumed"] == kills
     assert expected.provenance["resumed"] == 0
+
+
+def test_a_choice_of_a_probe_for_every_sequence_is_kept(
+    killed_in_every_step: Callable[..., tuple[Result, int]], tmp_path: Path
+) -> None:
+    from architectures import tiny
+
+    def run(**kept: Any) -> Result:
+        problem = hs.causal_lm(tiny("llama"), [{"input_ids": torch.arange(3, 8).repeat(24, 1)}])
+        return hs.diagonal(hs.hessian(problem, hs.select(problem, "*.0.*_proj.weight")), budget=60, **kept)
+
+    found, kills = killed_in_every_step(lambda: run(checkpoint=Checkpoint(tmp_path / "kept", every=0.0)))
+    assert kills > 10
+    assert found.facts()["method"] == "per-sequence"
+    assert_same(found, run())
 
 
 def test_a_block_is_divided_as_before_whatever_memory_is_free_now(

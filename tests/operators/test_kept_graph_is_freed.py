@@ -48,3 +48,19 @@ def test_nothing_is_held_between_products_without_graph_memory() -> None:
     H @ torch.ones(H.shape[0])
     gc.collect()
     assert [ref for ref in seen if ref() is not None] == []
+
+
+def test_graphs_of_probes_for_every_sequence_go_too() -> None:
+    """When they are released, and when a product needs the room."""
+    model = small_model()
+    problem = hs.supervised(model, [(torch.randn(n, 4), torch.randint(0, 3, (n,))) for n in (5, 2)])
+    H = hs.hessian(problem)
+    for let_go in (lambda: H.release(), lambda: H @ torch.ones(H.shape[0])):  # type: ignore[attr-defined]
+        seen = watch_outputs(model)
+        H.probe_diagonal(0, 0)
+        held = len([ref for ref in seen if ref() is not None])
+        made = list(seen)
+        let_go()
+        gc.collect()
+        assert held > 0
+        assert [ref for ref in made if ref() is not None] == []

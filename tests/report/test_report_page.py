@@ -161,3 +161,15 @@ def test_every_kind_has_an_explanation_with_its_units(sections: list[Section]) -
     assert len(set(said.values())) == len(said) == 7
     for kind, text in said.items():
         assert ("no unit" if kind == "verify" else "nats per squared weight") in text
+
+
+def test_a_diagonals_layers_have_a_table(tmp_path: Path) -> None:
+    picture = tmp_path / "d.png"
+    picture.write_bytes(PICTURES[".png"])
+    several = diagonal({f"m.{i}.w": torch.ones(2, 3) for i in range(15)}, "hutchinson", error=0.1)
+    page = write_report(tmp_path, [section(several, picture)]).read_text(encoding="utf-8")
+    assert Page(page).open == []
+    assert page.count("<td>m.14.w</td>") == 1
+    assert "share of trace" in page
+    one = write_report(tmp_path, [section(diagonal({"w": torch.ones(2, 3)}), picture)]).read_text(encoding="utf-8")
+    assert "share of trace" not in one

@@ -90,7 +90,8 @@ def same(a: Any, b: Any) -> bool:
 def test_a_result_comes_back_as_it_was(make: Callable[[], Result], tmp_path: Path) -> None:
     result = make()
     folder = result.save(tmp_path / "runs" / "one")
-    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "result.safetensors"]
+    expected = ["manifest.json", "result.safetensors", *result.files()]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(expected)
     again = hs.load(str(folder))
     assert type(again) is type(result)
     for field in dataclasses.fields(result):

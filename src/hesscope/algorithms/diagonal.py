@@ -16,6 +16,7 @@ from hesscope.algorithms.diagonals.automatic import Automatic
 from hesscope.algorithms.diagonals.deflated import Deflated
 from hesscope.algorithms.diagonals.hutchinson import Hutchinson
 from hesscope.algorithms.diagonals.nystrom import Nystrom
+from hesscope.algorithms.diagonals.per_sequence import PerSequence
 from hesscope.algorithms.diagonals.sampled import Sampled
 from hesscope.algorithms.diagonals.xdiag import XDiag
 from hesscope.algorithms.driver import drive
@@ -31,9 +32,10 @@ ESTIMATORS: dict[str, tuple[Callable[[Operator, Limits, int], Estimator], int]] 
     "xdiag": (XDiag, 4),
     "nystrom": (Nystrom, 1),
     "sampled": (Sampled, 1),
+    "per-sequence": (PerSequence, 1),
     "auto": (Automatic, 1),
 }
-METHODS = ("auto", "exact", "hutchinson", "gaussian", "deflated", "xdiag", "nystrom", "sampled")
+METHODS = ("auto", "exact", "hutchinson", "gaussian", "deflated", "xdiag", "nystrom", "sampled", "per-sequence")
 
 
 def diagonal(
@@ -56,8 +58,8 @@ def diagonal(
         method: "exact" (n products, or none where the operator knows its diagonal, as K-FAC does); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
             "deflated", exact on a Krylov space and probes on its complement; "xdiag", leave-one-out; "nystrom", deflation
             with a low-rank approximation made of the other probes; "sampled", gradients at labels drawn from the model, for
-            a GGN; or "auto": exact where that needs no more products
-            than the budget, and otherwise what a short pilot finds best.
+            a GGN; "per-sequence", a probe of its own for every sequence in the same pass, for a Hessian; or "auto": exact
+            where that needs no more products than the budget, and otherwise what a short pilot finds best.
         budget: operator products at most; 100 by default, 10000 where a target error or a time decides when to stop.
         target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
         seed: of the random vectors; None draws one and records it.

@@ -47,7 +47,7 @@ _Estimator = Annotated[
     str,
     typer.Option(
         "--method",
-        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom or sampled; auto chooses by a pilot.",
+        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom, sampled or per-sequence; auto chooses by a pilot.",
     ),
 ]
 _Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]
@@ -131,25 +131,29 @@ def diagonal_study(
     reference: Annotated[
         list[Path] | None, typer.Option(help="Folder of another diagonal to draw as a line; may be repeated.")
     ] = None,
+    over_sequences: Annotated[
+        str | None, typer.Option(help="A study for each of several numbers of sequences, such as 4,16,64.")
+    ] = None,
+    over_blocks: Annotated[
+        str | None, typer.Option(help="A study for each of several blocks of the model, such as 0,5,-1 or all.")
+    ] = None,
 ) -> None:
     """Error against products: estimators of a diagonal held to the exact one, with their figure.
+
+    With --over-sequences and --over-blocks a grid of studies in folders of their own, and one figure of all.
 
     Example: hesscope diagonal-study --model gpt2 --data wikitext --data-config wikitext-2-raw-v1 --split test --length 256
     --sequences 16 --params 'transformer.h.0.attn.c_proj.weight[0]' --budget 60 --budget 240
     """
-    import hesscope as hs
-    from hesscope.cli.showing import load_kind
-    from hesscope.results import Diagonal
+    from hesscope.cli.study_grid import run_study_grid
+    from hesscope.cli.studying import run_diagonal_study
 
-    folder = output_folder(common, "diagonal-study")
-    given = {name: value for name, value in (("methods", method), ("budgets", budget)) if value}
-    truth = None if exact is None else load_kind(exact, Diagonal)
-    others = {path.name: load_kind(path, Diagonal) for path in reference or ()}
-    kept = checkpoint(common, folder)
-    result = hs.diagonal_study(make_operator(common), exact=truth, seeds=seeds, seed=common.seed, references=others,
-                               checkpoint=kept, **given)  # type: ignore[arg-type]  # fmt: skip
-    own = {"method": method, "budget": budget, "seeds": seeds, "exact": exact, "reference": reference}
-    finish(result, common, folder, kept, **own)
+    own: dict[str, Any] = {"method": method, "budget": budget, "seeds": seeds}
+    own |= {"exact": exact, "reference": reference}
+    if over_sequences is None and over_blocks is None:
+        run_diagonal_study(common, **own)
+    else:
+        run_study_grid(common, over_sequences, over_blocks, run_diagonal_study, own)
 
 
 @app.command()

@@ -190,4 +190,6 @@ def write_run(
     with staged(folder) as stage:
         result.write(stage, also_pt)
         result.plot(stage / f"{result.kind}.png", **(drawn or {}))
+        for name, options_of_view in result.views().items():
+            result.plot(stage / f"{name}.png", **options_of_view)
     return folder

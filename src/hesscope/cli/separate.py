@@ -54,7 +54,7 @@ def _run_each(common: CommonOptions, command: Callable[..., None], own: dict[str
     problem = make_problem(common)
     layers = make_space(common, problem).separately()
     runs = {name: dataclasses.replace(common, output_dir=folder / name) for name in layers}
-    finished = {name for name, one in runs.items() if _is_done(one, own, problem, layers[name])}
+    finished = {name for name, one in runs.items() if is_done(one, own, problem, layers[name])}
     if len(finished) == len(runs):
         finished = set()  # the whole run is there: refused, as any other
     for name in runs.keys() - finished:
@@ -75,7 +75,7 @@ def _run_each(common: CommonOptions, command: Callable[..., None], own: dict[str
         list_runs(f"{len(summaries)} of {len(runs)} layers in {folder}:", summaries)
 
 
-def _is_done(common: CommonOptions, own: dict[str, Any], problem: Problem, space: Space) -> bool:
+def is_done(common: CommonOptions, own: dict[str, Any], problem: Problem, space: Space) -> bool:
     """Whether the folder holds this layer's result of this very command, on the same problem and with the same packages."""
     from hesscope.algorithms.driver import versions
     from hesscope.results.base import MANIFEST, jsonable

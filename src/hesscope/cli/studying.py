@@ -1,4 +1,4 @@
-"""The verbs that study exact blocks: approximations, convergence, perplexity-study, cross-check."""
+"""The verbs that study: approximations, diagonal-study, convergence, perplexity-study, cross-check."""
 
 from __future__ import annotations
 
@@ -7,8 +7,32 @@ from pathlib import Path
 
 from hesscope.cli.options import CommonOptions
 from hesscope.cli.resuming import checkpoint
-from hesscope.cli.running import finish, make_problem, make_space, operator_of, output_folder
+from hesscope.cli.running import finish, make_operator, make_problem, make_space, operator_of, output_folder
 from hesscope.errors import HesscopeError
+
+
+def run_diagonal_study(
+    common: CommonOptions,
+    method: list[str] | None,
+    budget: list[int] | None,
+    seeds: int,
+    exact: Path | None,
+    reference: list[Path] | None,
+) -> None:
+    """`hesscope diagonal-study`."""
+    import hesscope as hs
+    from hesscope.cli.showing import load_kind
+    from hesscope.results import Diagonal
+
+    folder = output_folder(common, "diagonal-study")
+    given = {name: value for name, value in (("methods", method), ("budgets", budget)) if value}
+    truth = None if exact is None else load_kind(exact, Diagonal)
+    others = {path.name: load_kind(path, Diagonal) for path in reference or ()}
+    kept = checkpoint(common, folder)
+    result = hs.diagonal_study(make_operator(common), exact=truth, seeds=seeds, seed=common.seed, references=others,
+                               checkpoint=kept, **given)  # type: ignore[arg-type]  # fmt: skip
+    own = {"method": method, "budget": budget, "seeds": seeds, "exact": exact, "reference": reference}
+    finish(result, common, folder, kept, **own)
 
 
 def run_convergence(common: CommonOptions, keep: str) -> None:

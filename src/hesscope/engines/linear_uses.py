@@ -7,8 +7,9 @@ layer's output at every position. Legend: G groups of sequences, T positions of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -113,10 +114,17 @@ class Perturbation:
         return self.box.add(y, extra_GTr.reshape(*y.shape[:-1], self.box.shape[0]))
 
 
+class AddsToOutput(Protocol):
+    """What is put beside a linear layer y = x W^T."""
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output that takes the place of y."""
+
+
 class PerturbLinears(TorchFunctionMode):
     """Adds each weight's perturbation wherever a linear layer uses that weight."""
 
-    def __init__(self, perturbations: dict[str, Perturbation], weights: dict[str, Tensor]) -> None:
+    def __init__(self, perturbations: Mapping[str, AddsToOutput], weights: dict[str, Tensor]) -> None:
         super().__init__()
         self._by_weight = {id(weights[name]): p for name, p in perturbations.items()}
 

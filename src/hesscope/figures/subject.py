@@ -24,6 +24,7 @@ _METHODS = {
     "deflated": "deflation",
     "nystrom": "cross-fitted Nyström",
     "sampled": "sampled labels",
+    "per-sequence": "a probe for every sequence",
     "auto": "automatic choice",
     "hutch++": "Hutch++",
     "xtrace": "XTrace",

@@ -120,6 +120,15 @@ class Operator(ABC):
         """The exact diagonal as one vector, where the operator has it without products."""
         raise HesscopeError(f"{type(self).__name__} does not know its diagonal; use products.")
 
+    @property
+    def probed_groups(self) -> int:
+        """How many sequences `probe_diagonal` gives a probe of their own; 0 where it cannot be called."""
+        return 0
+
+    def probe_diagonal(self, seed: int, number: int) -> Vectors:
+        """An unbiased draw of the diagonal from a probe for each sequence, as one vector; counted as a product."""
+        raise HesscopeError(f"{type(self).__name__} has no probes for single sequences; use products.")
+
     def to_dense(self) -> Tensor:
         """The matrix [n, n], by n products; `hesscope.block` gives it labels, symmetry and cost as well.
 

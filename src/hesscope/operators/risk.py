@@ -15,6 +15,7 @@ from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import KeptLinearizations
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
+from hesscope.operators.probed_diagonal import ProbedDiagonal
 from hesscope.operators.sampled import sample
 from hesscope.operators.sampled_diagonal import SampledDiagonal, has_sampled_diagonal
 from hesscope.problem import Problem, select
@@ -40,15 +41,17 @@ class CurvatureOfRisk(Operator):
         microbatch: int | None = None,
     ) -> None:
         super().__init__(space, positive_semidefinite)
-        self._kind, self._graph_memory = kind, graph_memory
+        self._kind = kind
         self.problem = problem
         self.engine = engine
         self._microbatch = microbatch
         self._parts = problem if microbatch is None else microbatched(problem, microbatch)
         self._graphs = KeptLinearizations(self._parts, space, engine, graph_memory)
+        self._graph_memory = graph_memory
         self._units = 0.0
         self._columns: list[BatchColumns] = []
         self._sampled: SampledDiagonal | None = None
+        self._probed: ProbedDiagonal | None = None
 
     def _matmat(self, V: Vectors) -> Vectors:
         if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
@@ -58,6 +61,8 @@ class CurvatureOfRisk(Operator):
     def product_over(self, batches: Sequence[int], V: Vectors) -> Vectors:
         """What these batches contribute to the product: (1/N) times their sum."""
         self._units += self.engine.prepare(self._parts, self.space)
+        if self._probed is not None:
+            self._probed.drop()
         result = self.space.zeros(vectors.count(V))
         for b in batches:
             linearization, built, kept = self._graphs.get(b)
@@ -120,17 +125,40 @@ class CurvatureOfRisk(Operator):
         self.products += 1
         return self._sampled.draw(seed, number)
 
+    @property
+    def probed_groups(self) -> int:
+        return self._probes().groups if self._has_probes else 0
+
+    def probe_diagonal(self, seed: int, number: int) -> Vectors:
+        if not self.probed_groups:
+            return super().probe_diagonal(seed, number)
+        self.products += 1
+        return self._probes().draw(seed, number)
+
+    @property
+    def _has_probes(self) -> bool:
+        """Whether this is a Hessian by exact products; an engine asked for by another name is taken at its word."""
+        return self._kind["operator"] == "hessian" and isinstance(self.engine, (Auto, ReverseOverReverse))
+
+    def _probes(self) -> ProbedDiagonal:
+        if self._probed is None:
+            # Graphs kept for products make room for those of the probes, and the other way round.
+            self._probed = ProbedDiagonal(self._parts, self.space, self._graph_memory, self._graphs.drop)
+        return self._probed
+
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""
         self._graphs.drop()
+        if self._probed is not None:
+            self._probed.drop()
 
     def _spend(self, b: int, units: float) -> None:
         self._units += units * self._parts.counts[b] / self._parts.N
 
     @property
     def units(self) -> float:
-        sampled = self._sampled.units if self._sampled else 0.0
-        return self._units + sampled + sum(run.units for run in self._columns)
+        draws = sum(made.units for made in (self._sampled, self._probed) if made is not None)
+        return self._units + draws + sum(run.units for run in self._columns)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -153,15 +181,15 @@ class CurvatureOfPerplexity(Operator):
     def __init__(self, of_risk: CurvatureOfRisk) -> None:
         super().__init__(of_risk.space, of_risk.positive_semidefinite)
         self._of_risk = of_risk
-        self._current: tuple[object, float, Operator] | None = None
+        self._current: tuple[object, float, Operator, Vectors] | None = None
 
-    def _updated(self) -> tuple[float, Operator]:
-        """P and the operator for the parameters as they are now."""
+    def _updated(self) -> tuple[float, Operator, Vectors]:
+        """P, the operator and g for the parameters as they are now."""
         key = state_key(self._of_risk.problem.model)
         if self._current is None or self._current[0] != key:
             risk, gradient = self._of_risk.risk_and_gradient()
             perplexity = math.exp(risk)
-            self._current = key, perplexity, perplexity * (self._of_risk + RankOne(self.space, gradient))
+            self._current = key, perplexity, perplexity * (self._of_risk + RankOne(self.space, gradient)), gradient
         return self._current[1:]
 
     def _matmat(self, V: Vectors) -> Vectors:
@@ -173,6 +201,20 @@ class CurvatureOfPerplexity(Operator):
     def matrix_run(self, route: str) -> MatrixRun:
         return matrix_run(self._updated()[1], route)
 
+    @property
+    def probed_groups(self) -> int:
+        return self._of_risk.probed_groups
+
+    def probe_diagonal(self, seed: int, number: int) -> Vectors:
+        """P times a draw of A's diagonal, and P g^2, which is known."""
+        if not self.probed_groups:
+            return super().probe_diagonal(seed, number)
+        self.products += 1
+        perplexity, _, gradient = self._updated()
+        draw = self._of_risk.probe_diagonal(seed, number)
+        vectors.add_(draw, vectors.multiply(gradient, gradient))
+        return vectors.scale(draw, perplexity)
+
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""
         self._of_risk.release()
@@ -182,7 +224,7 @@ class CurvatureOfPerplexity(Operator):
         return self._of_risk.units
 
     def describe(self) -> dict[str, Any]:
-        perplexity, updated = self._updated()
+        perplexity, updated, _ = self._updated()
         return self._of_risk.describe() | {"perplexity": perplexity, "composed": updated.describe()}
 
     def origin(self) -> dict[str, Any] | None:

@@ -17,8 +17,9 @@ from hesscope.figures.subject import model_name, problem_of, selection_line
 from hesscope.report.css import CSS
 from hesscope.report.section import Section
 from hesscope.report.table import COLUMNS, KeyNumber, caption, key_rows
-from hesscope.results import Result
+from hesscope.results import Diagonal, Result
 from hesscope.results.base import jsonable
+from hesscope.results.layer_rows import HEADINGS
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 # A browser that knows this line refuses every request the page could make.
@@ -145,11 +146,26 @@ def _row(row: KeyNumber) -> str:
 
 def _section(section: Section) -> str:
     summary = section.result.summary()
+    if isinstance(section.result, Diagonal):
+        summary = summary.splitlines()[0]  # its layers have a table
     picture = f'<img src="{_embedded(section.figure)}" alt="{_text(f"{section.title}: {summary}")}">'
     return (
         f'<section class="result"><h2>{_text(section.title)}</h2>\n<p>{_text(section.explanation)}</p>\n'
-        f'<figure><div class="plate">{picture}</div>\n<figcaption>{_text(summary)}</figcaption></figure></section>'
+        f'<figure><div class="plate">{picture}</div>\n<figcaption>{_text(summary)}</figcaption></figure>'
+        f"{_layers(section.result)}</section>"
     )
+
+
+def _layers(result: Result) -> str:
+    """A diagonal's layers as a table; nothing for one layer, and for other results."""
+    if not isinstance(result, Diagonal) or len(result.values) < 2:
+        return ""
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in HEADINGS)
+    rows = "\n".join(
+        f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row.cells())}</tr>" for row in result.layers()
+    )
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>"
+    return f'\n<h3>By layers</h3>\n<div class="scroll">{table}</div>'
 
 
 def _embedded(path: Path) -> str:

@@ -24,6 +24,11 @@ KINDS = (
     *("eigs", "eigs-track", "groups", "lanczos", "perplexity-study"),
     *("structure", "structure-comparison", "trace", "verify"),
 )
+#: Files that some results of a kind have and others have not: those of an earlier one go when it is replaced.
+_FURTHER = (
+    *("diagonal.safetensors", "diagonal_standard_error.safetensors"),
+    *("diagonal-heatmaps.png", "diagonal-histograms.png"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,14 @@ class Result(ABC):
     @abstractmethod
     def plot(self, path: str | Path) -> Path:
         """Draw the result to a file whose ending (.png, .pdf, .svg) decides the format."""
+
+    def files(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """Further files for a folder, as {name: (tensors, metadata)}, in forms that other programs read."""
+        return {}
+
+    def views(self) -> dict[str, dict[str, Any]]:
+        """Further pictures for a run's folder, as {name: options of `plot`}."""
+        return {}
 
     def cost_line(self) -> str:
         """The cost in words."""
@@ -101,6 +114,8 @@ class Result(ABC):
 
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
         save_file(tensors, stage / TENSORS)
+        for name, (parts, metadata) in self.files().items():
+            save_file({key: t.detach().cpu().contiguous() for key, t in parts.items()}, stage / name, metadata)
         (stage / MANIFEST).write_text(json.dumps(jsonable(self.manifest()), indent=2) + "\n", encoding="utf-8")
         if also_pt:
             torch.save(next(iter(tensors.values())) if len(tensors) == 1 else tensors, stage / "result.pt")
@@ -171,8 +186,8 @@ class staged:
                 self._folder.mkdir(exist_ok=True)
                 # The manifest is what makes a folder a result: an old one goes first, the new one comes last.
                 (self._folder / MANIFEST).unlink(missing_ok=True)
-                for stale in (self._folder / name for name in ("result.pt", *map("{}.png".format, KINDS))):
-                    stale.unlink(missing_ok=True)
+                for name in ("result.pt", *_FURTHER, *map("{}.png".format, KINDS)):
+                    (self._folder / name).unlink(missing_ok=True)
                 for path in sorted(self._stage.iterdir(), key=lambda p: p.name == MANIFEST):
                     target = self._folder / path.name
                     if path.is_dir() and target.exists():

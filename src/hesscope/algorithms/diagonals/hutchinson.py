@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits
+from hesscope.algorithms.diagonals.samples import Samples
 from hesscope.operators import Operator
 from hesscope.operators.chunks import chunk_size
 from hesscope.results.statistics import RunningMean
@@ -26,27 +27,28 @@ class Hutchinson(Estimator):
     def __init__(self, H: Operator, limits: Limits, seed: int, distribution: str = "rademacher") -> None:
         super().__init__(H, limits, seed)
         self._distribution = distribution
-        self._mean = RunningMean()
+        self._samples = Samples()
 
     @property
     def probes(self) -> int:
-        return self._mean.count
+        return self._samples.count
 
     def step(self) -> None:
         m = self.probes
         stop = min(m + (chunk_size(self._H) if self._limits.fixed else 1), self.expected)
         Z = self._draw(range(m, stop))
-        add_samples(self._mean, vectors.multiply(Z, self._multiply(Z)))
+        self._samples.add(vectors.multiply(Z, self._multiply(Z)))
 
     def estimate(self) -> Estimate:
         method = "hutchinson" if self._distribution == "rademacher" else "gaussian"
-        return Estimate(method, self._mean.mean, self._mean.standard_error(), self.probes - 1)
+        entries = self._samples.entries
+        return Estimate(method, entries.mean, entries.standard_error(), self.probes - 1, self._samples.record())
 
     def own_state(self) -> dict[str, Any]:
-        return mean_state(self._mean)
+        return self._samples.state()
 
     def restore_own(self, state: dict[str, Any]) -> None:
-        self._mean = restored_mean(self._H, state)
+        self._samples.restore(self._H, state)
 
     def _draw(self, streams: range) -> Vectors:
         space = self._H.space

@@ -1,0 +1,138 @@
+"""Draws of a Hessian's diagonal with a probe of its own for every sequence.
+
+A = (1/N) sum over sequences s of H_s, so that  (1/N) sum_s v_s * (H_s v_s)  is unbiased for diag(A) and has in entry i the variance
+(1/N^2) sum_s sum_{j != i} (H_s)_ij^2 where one probe for all has sum_{j != i} A_ij^2: up to S times less the more the sequences
+agree. Probes are functions of seed, draw, the sequence's number in the data, parameter and index: neither batches nor the
+selection change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hesscope.engines.linear_uses import Box
+from hesscope.engines.sequence_probes import RankOne, SequenceProbes
+from hesscope.memory import available_bytes
+from hesscope.models import state_key
+from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_uses
+from hesscope.operators.graphs import warn_of_unused
+from hesscope.problem import Problem
+from hesscope.space import Space, Vectors
+from hesscope.space.random import signs, stream_key
+
+#: Forward passes of a batch: its gradient's graph, and a probe through it.
+BUILD_UNITS, PROBE_UNITS = 3.0, 6.0
+#: Roundings by which sequences that are apart may seem to touch one another.
+_ROUNDINGS = 100
+
+
+class ProbedDiagonal:
+    """Draws of the diagonal; batches' graphs are kept as far as `limit` bytes hold them, by default half of the free memory."""
+
+    def __init__(
+        self, problem: Problem, space: Space, limit: int | None, make_room: Callable[[], None] = lambda: None
+    ) -> None:
+        self._problem, self._space, self._make_room = problem, space, make_room
+        self._limit = available_bytes(problem.device) // 2 if limit is None else limit
+        uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
+        self.units, self._looked = 0.0, 1.0  # the look at the layers is paid for by the first draw
+        boxes = {name: box for name, box in boxes_of(space, uses).items() if _is_full(space, box, name)}
+        self._plans: list[tuple[dict[str, Box], int]] = []
+        for b, used in enumerate(uses):
+            tokens = sequences_and_length(problem, b)
+            fits = {
+                name: box
+                for name, box in boxes.items()
+                if len(used[name] or ()) == 1 and (tokens is None or receives_every_position(box, used[name], tokens))
+            }
+            # Where sequences may touch one another, the batch is one of them: that is unbiased, too, with more spread.
+            self._plans.append((fits, tokens[0] if tokens else 1))
+        self._checked = all(sequences == 1 for _, sequences in self._plans)
+        self._graphs: dict[int, SequenceProbes] = {}
+        self._state: object = None
+        self._unused: dict[int, set[str]] = {}
+
+    @property
+    def groups(self) -> int:
+        """How many sequences have a probe of their own; 0 where no weight can be taken apart."""
+        return sum(sequences for fits, sequences in self._plans if fits)
+
+    @property
+    def shared(self) -> list[str]:
+        """Parameters with one probe for all sequences, in some batch at least."""
+        return [c.name for c in self._space.coordinates if any(c.name not in fits for fits, _ in self._plans)]
+
+    def drop(self) -> None:
+        """Let go of the kept graphs."""
+        self._graphs.clear()
+
+    def draw(self, seed: int, number: int) -> Vectors:
+        """Draw number `number` of a seed, as one vector."""
+        total, stream, names, first = self._space.zeros(), f"per-sequence/{number}", set(self.shared), 0
+        self.units, self._looked = self.units + self._looked, 0.0
+        shared = Space([c for c in self._space.coordinates if c.name in names]).rademacher(seed, [stream])
+        for b, count in enumerate(self._problem.counts):
+            graph = self._graph(b, seed, first)
+            fits, sequences = self._plans[b]
+            graph.add(
+                self._probes(fits, seed, stream, range(first, first + sequences)), shared, total, 1.0 / self._problem.N
+            )
+            self.units += PROBE_UNITS * count / self._problem.N
+            first += _sequences(self._problem, b)
+            del graph  # one that is not kept goes before the next is built
+        return total
+
+    def _probes(self, boxes: dict[str, Box], seed: int, stream: str, sequences: range) -> dict[str, RankOne]:
+        """The probes of some sequences; one stream a draw, parameter and axis, with a row for each sequence."""
+        found = {}
+        for name, box in boxes.items():
+            rows = torch.tensor(sequences, device=box.units.device)[:, None]
+            units = signs(stream_key(seed, stream, name, "units"), rows * box.out_features + box.units)
+            inputs = signs(stream_key(seed, stream, name, "inputs"), rows * box.in_features + box.inputs)
+            found[name] = RankOne(units.to(self._space.dtype), inputs.to(self._space.dtype))
+        return found
+
+    def _graph(self, b: int, seed: int, first: int) -> SequenceProbes:
+        """Batch b's graph, kept or new."""
+        state = state_key(self._problem.model)
+        if state != self._state:
+            self.drop()
+            self._state = state
+        if b in self._graphs:
+            return self._graphs[b]
+        if not self._graphs:
+            self._make_room()
+        made = self._built(b)
+        if not self._checked and self._plans[b][1] > 1:
+            fits, sequences = self._plans[b]
+            leak = made.leak(self._probes(fits, seed, "leak", range(first, first + sequences)))
+            self.units += PROBE_UNITS * self._problem.counts[b] / self._problem.N
+            self._checked = True
+            if leak > _ROUNDINGS * self._space.rounding:
+                self._plans = [(fits, 1) for fits, _ in self._plans]
+                made = self._built(b)
+        if made.bytes + sum(graph.bytes for graph in self._graphs.values()) <= self._limit:
+            self._graphs[b] = made
+        return made
+
+    def _built(self, b: int) -> SequenceProbes:
+        made = SequenceProbes(self._problem, b, self._space, *self._plans[b])
+        self.units += BUILD_UNITS * self._problem.counts[b] / self._problem.N
+        if b not in self._unused:
+            self._unused[b] = set(made.unused)
+            warn_of_unused(self._unused, len(self._plans))
+        return made
+
+
+def _is_full(space: Space, box: Box, name: str) -> bool:
+    """Whether all of a box is selected: a sign a unit times a sign an input is a probe of whole rows and columns only."""
+    size: int = {c.name: c.size for c in space.coordinates}[name]
+    return size == box.shape[0] * box.shape[1]
+
+
+def _sequences(problem: Problem, b: int) -> int:
+    """How many of the numbers of sequences batch b takes up."""
+    tokens = sequences_and_length(problem, b)
+    return tokens[0] if tokens else 1
