@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscope.algorithms.checkpoint import Checkpoint, opened
-from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.driver import drive
+from hesscope.algorithms.filling import ROWS, Filling
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes, free_disk_bytes
 from hesscope.operators import Operator
-from hesscope.operators.matrix_run import MatrixRun, matrix_run
 from hesscope.results import Block
 
-#: Rows of the matrix that are looked at together, where a second matrix would be too much.
-_ROWS = 1024
 #: The matrix, and two more while it is written to a file.
 COPIES = 3
 #: A checkpoint, the next one while it is written, and the result.
@@ -50,18 +47,18 @@ def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint 
                 [0., 1.]])
     """
     _require_room(H, checkpoint)
-    columns = Columns(H, matrix_run(H, route))
+    columns = Filling(H, "block", axes=2, route=route)
     spent = drive(H, columns, {"route": route}, checkpoint)
     spent["provenance"]["matrix"] = columns.run.describe()
-    asymmetry = symmetrize_(columns.matrix)
-    return Block(**spent, matrix=columns.matrix, labels=H.space.labels, asymmetry=asymmetry)
+    asymmetry = symmetrize_(columns.found)
+    return Block(**spent, matrix=columns.found, labels=H.space.labels, asymmetry=asymmetry)
 
 
 def symmetrize_(A_nn: Tensor) -> float:
     """Replace A by (A + A^T)/2 in place, and return max |A - A^T| / max |A| from before."""
     gap, scale = A_nn.new_zeros(()), A_nn.new_zeros(())
-    for start in range(0, len(A_nn), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(A_nn), ROWS):
+        rows = slice(start, start + ROWS)
         upper, lower = A_nn[rows, start:], A_nn[start:, rows]
         gap = torch.maximum(gap, (upper - lower.T).abs().max())
         scale = torch.maximum(scale, torch.maximum(upper.abs().max(), lower.abs().max()))
@@ -69,49 +66,6 @@ def symmetrize_(A_nn: Tensor) -> float:
         A_nn[rows, start:] = mean
         A_nn[start:, rows] = mean.T
     return float(gap / scale) if scale > 0 else 0.0
-
-
-class Columns(Iteration):
-    """A matrix under way: what is summed so far, and how many tasks that is."""
-
-    description = "block"
-
-    def __init__(self, H: Operator, run: MatrixRun) -> None:
-        self._H, self.run, n = H, run, H.space.size
-        self.expected = max(1, round(run.products))
-        self.matrix: Tensor = torch.zeros(n, n, dtype=H.dtype, device=H.space.device)
-        self._task, self._spent = 0, 0.0
-
-    @property
-    def done(self) -> bool:
-        return self._task == self.run.tasks
-
-    def step(self) -> None:
-        products, spent = self._H.products, self._spent
-        self._spent += self.run.run(self._task, self.matrix)
-        self._task += 1
-        self._H.products = products + round(self._spent) - round(spent)
-        if self.done:
-            _require_finite(self._H, self.matrix)
-
-    def state(self) -> dict[str, Any]:
-        return {"task": self._task, "spent": self._spent, "matrix": self.matrix, "run": self.run.state()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._task, self._spent = state["task"], state["spent"]
-        self.matrix = state["matrix"].to(self.matrix.device)
-        self.run.restore(state["run"])
-
-
-def _require_finite(H: Operator, A_nn: Tensor) -> None:
-    for start in range(0, len(A_nn), _ROWS):
-        wrong = ~torch.isfinite(A_nn[start : start + _ROWS]).all(1)
-        if bool(wrong.any()):
-            label = H.space.labels[start + int(wrong.nonzero()[0, 0])]
-            raise HesscopeError(
-                f"The product is not finite in {label}: the loss's second derivative overflows there; try dtype "
-                "float64."
-            )
 
 
 def _require_room(H: Operator, checkpoint: str | Path | Checkpoint | None) -> None:

@@ -24,7 +24,7 @@ from hesscope.memory import available_bytes
 from hesscope.models import named_parameters
 from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_uses
 from hesscope.operators.graphs import warn_of_unused
-from hesscope.operators.matrix_run import MatrixRun
+from hesscope.operators.matrix_run import MatrixRun, add_rows
 from hesscope.problem import Problem
 from hesscope.space import Space
 from hesscope.space import random as counter_based
@@ -82,17 +82,21 @@ class BatchColumns(MatrixRun):
         self._check = None if state["check"] is None else state["check"].to(self._space.device)
         self._form, self.graph_bytes, self.pass_units = state["form"], state["graph_bytes"], state["pass_units"]
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         b = bisect_right(self._ends, task)
         plan, graph = self._plans[b], self._graph(b)
         work, share = plan.task(task - (self._ends[b - 1] if b else 0)), self._share[b]
         counter = FlopCounterMode(display=False) if work.name not in self.pass_units else None
+        is_checked = b == 0 and work.unit == 0 and work.name == next(iter(plan.through_positions))
         with counter or torch.no_grad():
-            rows_j, rows_kn = self._rows(plan, graph, work)
+            if into.dim() == 1 and work.unit is not None and not is_checked:
+                self._add_own(plan, graph, work, into, weight / self._problem.N)
+            else:
+                rows_j, rows_kn = self._rows(plan, graph, work)
+                self._add(plan, work.name, rows_j, rows_kn, into, weight / self._problem.N)
         if counter is not None:
             self.pass_units[work.name] = self._units(counter, work, b)
-        self._add(plan, work.name, rows_j, rows_kn, into_nn, weight / self._problem.N)
-        if b == 0 and work.unit == 0 and work.name == next(iter(plan.through_positions)):
+        if is_checked:
             self._hold_against_weights(plan, graph, work, rows_kn, rows_j)
         self.units += share * work.products * self.pass_units[work.name]
         if task == self._ends[b] - 1:
@@ -131,17 +135,31 @@ class BatchColumns(MatrixRun):
         X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(M_QSn.dtype)
         return start + mine, X_SQj.permute(2, 1, 0).flatten(1) @ M_QSn.flatten(0, 1)
 
-    def _add(self, plan: BatchPlan, name: str, j: Tensor, rows_kn: Tensor, into_nn: Tensor, weight: float) -> None:
+    def _add_own(self, plan: BatchPlan, graph: BlockGraph, work: Task, into_n: Tensor, weight: float) -> None:
+        """Add what a unit's positions give to the diagonal, without the rest of its rows."""
+        box, X_STc = self._boxes[work.name], graph.inputs(work.name)
+        if X_STc is None:
+            return
+        places, mine = torch.tensor(work.places), (box.unit_at == work.unit).nonzero()[:, 0]
+        j = self._space.slices[work.name].start + mine
+        found = [graph.responses(work.name, work.unit or 0, q)[..., j] for q in torch.split(places, plan.copies)]
+        X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(into_n.dtype)
+        into_n[j] += weight * (X_SQj.transpose(0, 1) * torch.cat(found)).sum((0, 1))
+
+    def _add(self, plan: BatchPlan, name: str, j: Tensor, rows_kn: Tensor, into: Tensor, weight: float) -> None:
         """Add to the rows A[j, :], and to columns A[:, j] of parameters that do not find them themselves.
 
         Rows through positions lack what earlier layers do to this layer's input; those entries come from the earlier
         layers' own rows, by symmetry.
         """
+        if into.dim() == 1:
+            add_rows(into, j, rows_kn, weight)
+            return
         for other, part in self._space.slices.items():
             if self._is_whole(plan, name, other):
-                into_nn[j, part] += weight * rows_kn[:, part]
+                into[j, part] += weight * rows_kn[:, part]
             if other != name and not self._is_whole(plan, other, name):
-                into_nn[part, j] += weight * rows_kn[:, part].T
+                into[part, j] += weight * rows_kn[:, part].T
 
     def _is_whole(self, plan: BatchPlan, name: str, other: str) -> bool:
         """Whether the rows of one parameter are right in the columns of another."""

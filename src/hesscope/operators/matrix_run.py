@@ -1,7 +1,8 @@
-"""The matrix of an operator, a bounded piece of work at a time.
+"""The matrix of an operator, or its diagonal alone, a bounded piece of work at a time.
 
-A piece of work adds to a given [n, n] tensor, so that batches, terms of a sum and a resumed run all accumulate in one place.
-Rows are written rather than columns: the matrix is symmetric, and rows are contiguous.
+A piece of work adds to a given tensor, [n, n] for the matrix and [n] for the diagonal, so that batches, terms of a sum and a
+resumed run all accumulate in one place. Rows are written rather than columns: the matrix is symmetric, and rows are
+contiguous.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
@@ -31,8 +33,8 @@ class MatrixRun(ABC):
     products: float
 
     @abstractmethod
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
-        """Add `weight` times what this task finds, and return the products that it took."""
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
+        """Add `weight` times what this task finds to the matrix [n, n], or to the diagonal [n]; returns the products taken."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -76,6 +78,14 @@ def matrix_run(A: Operator, route: str = "auto") -> MatrixRun:
     return A.matrix_run(route) if isinstance(A, KnowsItsMatrix) else UnitVectors(A)
 
 
+def add_rows(into: Tensor, j: Tensor, rows_kn: Tensor, weight: float) -> None:
+    """Add weight times the rows A[j, :] to a matrix [n, n], or their A[j, j] to a diagonal [n]; every j stands once."""
+    if into.dim() == 1:
+        into[j] += weight * rows_kn[torch.arange(len(j), device=j.device), j]
+    else:
+        into[j] += weight * rows_kn
+
+
 class UnitVectors(_Stateless):
     """Products with the unit vectors, a chunk at a time: for any operator."""
 
@@ -84,11 +94,11 @@ class UnitVectors(_Stateless):
         self._chunk = chunk_size(A)
         self.tasks, self.products = -(-n // self._chunk), float(n)
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         start = task * self._chunk
         stop = min(start + self._chunk, self._A.space.size)
         columns_nk = self._A.space.flatten(self._A.matmat(self._A.space.basis(start, stop)))
-        into_nn[start:stop].add_(columns_nk.T, alpha=weight)
+        add_rows(into, torch.arange(start, stop, device=into.device), columns_nk.T, weight)
         return float(stop - start)
 
     def describe(self) -> dict[str, Any]:
@@ -103,8 +113,11 @@ class OuterProduct(_Stateless):
     def __init__(self, A: Operator, g: Vectors, weight: float) -> None:
         self._g_n, self._weight = A.space.flatten(g)[:, 0], weight
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
-        into_nn.addr_(self._g_n, self._g_n, alpha=weight * self._weight)
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
+        if into.dim() == 1:
+            into.addcmul_(self._g_n, self._g_n, value=weight * self._weight)
+        else:
+            into.addr_(self._g_n, self._g_n, alpha=weight * self._weight)
         return 0.0
 
     def describe(self) -> dict[str, Any]:
@@ -116,8 +129,8 @@ class UnitDiagonal(_Stateless):
 
     tasks, products = 1, 0.0
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
-        into_nn.diagonal().add_(weight)
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
+        (into if into.dim() == 1 else into.diagonal()).add_(weight)
         return 0.0
 
     def describe(self) -> dict[str, Any]:
@@ -139,11 +152,11 @@ class DiagonalBlocks(_Stateless):
         ]
         self.tasks = len(self._tasks)
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         name, places = self._tasks[task]
-        own = self._slices[name]
-        found_kn = self._rows(name, places.start, places.stop).to(into_nn.device)
-        into_nn[own.start + places.start : own.start + places.stop, own].add_(found_kn, alpha=weight)
+        found_kn = self._rows(name, places.start, places.stop).to(into.device)
+        block = into[self._slices[name]] if into.dim() == 1 else into[self._slices[name], self._slices[name]]
+        add_rows(block, torch.arange(places.start, places.stop, device=into.device), found_kn, weight)
         return 0.0
 
     def describe(self) -> dict[str, Any]:
@@ -157,8 +170,8 @@ class Weighted(MatrixRun):
         self._base, self._factor = base, factor
         self.tasks, self.products = base.tasks, base.products
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
-        return self._base.run(task, into_nn, weight * self._factor)
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
+        return self._base.run(task, into, weight * self._factor)
 
     def state(self) -> dict[str, Any]:
         return self._base.state()
@@ -182,10 +195,10 @@ class OneAfterAnother(MatrixRun):
         self.tasks = self._first.tasks + self._second.tasks
         self.products = self._first.products + self._second.products
 
-    def run(self, task: int, into_nn: Tensor, weight: float = 1.0) -> float:
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         if task < self._first.tasks:
-            return self._first.run(task, into_nn, weight)
-        return self._second.run(task - self._first.tasks, into_nn, weight)
+            return self._first.run(task, into, weight)
+        return self._second.run(task - self._first.tasks, into, weight)
 
     def state(self) -> dict[str, Any]:
         return {"terms": [self._first.state(), self._second.state()]}

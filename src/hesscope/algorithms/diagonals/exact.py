@@ -1,43 +1,28 @@
-"""Every entry by its own product, or all of them from an operator that knows its diagonal."""
+"""The exact diagonal: entry by entry, or all of it from an operator that knows it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hesscope.algorithms.driver import Iteration
+from hesscope.algorithms.filling import Filling
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
-from hesscope.operators.chunks import chunk_size
 
 
-class Entries(Iteration):
-    """A_ii for every i, by unit vectors: the exact diagonal, whose sum is the exact trace."""
+class Entries(Filling):
+    """A_ii for every i, through weights or through positions: the exact diagonal, whose sum is the exact trace."""
 
-    def __init__(self, H: Operator, description: str) -> None:
-        self._H, self.expected, self._next = H, H.space.size, 0
-        self.description = description
-        self.values = torch.empty(H.space.size, dtype=H.dtype, device=H.space.device)
+    def __init__(self, H: Operator, description: str, route: str = "auto") -> None:
+        super().__init__(H, description, axes=1, route=route)
 
     @property
-    def done(self) -> bool:
-        return self._next == self.expected
-
-    def step(self) -> None:
-        start, space = self._next, self._H.space
-        self._next = min(start + chunk_size(self._H), self.expected)
-        columns = self._H.matmat(space.basis(start, self._next))
-        require_finite(self._H, columns)
-        columns_nK = space.flatten(columns)
-        self.values[start : self._next] = columns_nK[start : self._next].diagonal()
-
-    def state(self) -> dict[str, Any]:
-        return {"next": self._next, "values": self.values[: self._next]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._next = state["next"]
-        self.values[: self._next] = state["values"].to(self.values.device)
+    def values(self) -> Tensor:
+        """The diagonal so far."""
+        return self.found
 
 
 class Known(Iteration):
