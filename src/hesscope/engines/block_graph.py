@@ -15,7 +15,7 @@ T positions, r units, c inputs, n coordinates.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -53,28 +53,33 @@ class BlockGraph:
         sequences: int = 1,
         loss: Loss | None = None,
     ) -> None:
-        self._space, self._copies, self._sequences = space, copies, sequences
-        values = parameter_values(problem, space)
-        self._linear = {
-            name: Perturbation(box, copies * self._sequences, values[name], name in through_positions)
-            for name, box in boxes.items()
-        }
-        self._whole = {name: p.requires_grad_() for name, p in values.items() if name not in boxes}
+        self._place_leaves(problem, space, boxes, through_positions, copies, sequences)
         meter = SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-            with PerturbLinears(self._linear, values):
-                total, _ = problem.total(b, values, loss=loss, copies=copies)
+            with PerturbLinears(self._linear, self._values):
+                total, _ = problem.total(b, self._values, loss=loss, copies=copies)
             self._gradients = self._differentiate(total)
         require_second_derivative(list(self._gradients.values()))
         self.bytes = meter.bytes
 
-    def _differentiate(self, total: Tensor) -> dict[str, Tensor | None]:
-        """First derivatives by leaf; None where this batch's loss does not depend on it."""
+    def _place_leaves(
+        self, problem: Problem, space: Space, boxes: dict[str, Box], through_positions: frozenset[str], copies: int, sequences: int
+    ) -> None:  # fmt: skip
+        self._space, self._copies, self._sequences = space, copies, sequences
+        self._values = parameter_values(problem, space)
+        self._linear = {
+            name: Perturbation(box, copies * self._sequences, self._values[name], name in through_positions)
+            for name, box in boxes.items()
+        }
+        self._whole = {name: p.requires_grad_() for name, p in self._values.items() if name not in boxes}
+
+    def _differentiate(self, y: Tensor, along: Tensor | None = None) -> dict[str, Tensor | None]:
+        """First derivatives of y, or of <y, along>, by leaf; None where y does not depend on it."""
         leaves = {f"dW/{name}": p.dW for name, p in self._linear.items()} | dict(self._whole)
         leaves |= {f"dy/{name}": p.dy for name, p in self._linear.items() if p.dy is not None}
-        if not total.requires_grad:
+        if not y.requires_grad:
             return dict.fromkeys(leaves)
-        found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(y, list(leaves.values()), along, create_graph=True, allow_unused=True)
         return dict(zip(leaves, found, strict=True))
 
     @property
@@ -126,18 +131,24 @@ class BlockGraph:
 
     def _pull(self, gradient: Tensor | None, seed: Tensor | None) -> Tensor:
         """The derivative of <gradient, seed> in every selected coordinate, copies and sequences apart: [K, S, n]."""
+        if gradient is None or not gradient.requires_grad:
+            return self._gathered({})
+        with missing_derivatives_in_words():
+            found = torch.autograd.grad(
+                gradient, list(self._weight_leaves.values()), seed, retain_graph=True, allow_unused=True
+            )
+        return self._gathered(dict(zip(self._weight_leaves, found, strict=True)))
+
+    @property
+    def _weight_leaves(self) -> dict[str, Tensor]:
+        return {name: p.dW for name, p in self._linear.items()} | self._whole
+
+    def _gathered(self, parts: Mapping[str, Tensor | None]) -> Tensor:
+        """Derivatives by parameter as those of the selected coordinates, [K, S, n]; what is missing is zero."""
         shape = (self._copies, self._sequences)
         result = torch.zeros(*shape, self._space.size, dtype=self._space.dtype, device=self._space.device)
-        if gradient is None or not gradient.requires_grad:
-            return result
-        leaves: dict[str, Tensor] = {name: p.dW for name, p in self._linear.items()} | self._whole
-        with missing_derivatives_in_words():
-            found: Any = torch.autograd.grad(
-                gradient, list(leaves.values()), seed, retain_graph=True, allow_unused=True
-            )
-        parts = dict(zip(leaves, found, strict=True))
         for c in self._space.coordinates:
-            part, own = parts[c.name], self._space.slices[c.name]
+            part, own = parts.get(c.name), self._space.slices[c.name]
             if part is not None and c.name in self._whole:
                 result[0, 0, own] = c.gather(part).reshape(-1)
             elif part is not None:

@@ -27,7 +27,7 @@ from hesscope.space import Space, Vectors, vectors
 #: (problem, batch, outputs) to the function u -> M u, both shaped like the outputs.
 Middle = Callable[[Problem, int, Tensor], Callable[[Tensor], Tensor]]
 
-_INSTEAD = "replace that part of the model by one whose backward pass can be differentiated"
+INSTEAD = "replace that part of the model by one whose backward pass can be differentiated"
 
 
 class ThroughOutputs(Engine):
@@ -38,10 +38,10 @@ class ThroughOutputs(Engine):
     product_units = 4.0
 
     def __init__(self, middle: Middle, note: str = "") -> None:
-        self._middle, self.note = middle, note
+        self.middle, self.note = middle, note
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
-        return _OutputGraph(problem, b, space, self._middle)
+        return _OutputGraph(problem, b, space, self.middle)
 
 
 class _OutputGraph(Linearization):
@@ -52,7 +52,7 @@ class _OutputGraph(Linearization):
     def __init__(self, problem: Problem, b: int, space: Space, middle: Middle) -> None:
         self._problem, self._b, self._space = problem, b, space
         self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
-        saved = _SavedWithoutZeros(SavedBytes(problem.model.parameters()))
+        saved = SavedWithoutZeros(SavedBytes(problem.model.parameters()))
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             z = problem.outputs(b, self._leaves)
             saved.backward = True
@@ -72,7 +72,7 @@ class _OutputGraph(Linearization):
         if z.requires_grad:
             self._z_edge = get_gradient_edge(z)
             parts = torch.autograd.grad(z, list(self._leaves.values()), self._u, create_graph=True, allow_unused=True)
-            require_second_derivative(parts, _INSTEAD)
+            require_second_derivative(parts, INSTEAD)
             self._w = [None if w is None else get_gradient_edge(w) for w in parts]
 
     def gradient(self) -> Vectors:
@@ -94,7 +94,7 @@ class _OutputGraph(Linearization):
     def _times(self, V: Vectors, k: int, retain_graph: bool) -> Tensor:
         """J v for the k-th vector."""
         used = [(c, w, p) for c, w, p in zip(self._space.coordinates, self._w, self._leaves.values(), strict=True) if w]
-        with missing_derivatives_in_words(_INSTEAD):
+        with missing_derivatives_in_words(INSTEAD):
             (Jv,) = torch.autograd.grad(
                 [w for _, w, _ in used],
                 [self._u],
@@ -126,7 +126,7 @@ class _Zeros:
     shape: torch.Size
 
 
-class _SavedWithoutZeros:
+class SavedWithoutZeros:
     """Counts what autograd saves; a tensor that the backward pass adds and that is zero throughout takes no memory."""
 
     def __init__(self, meter: SavedBytes) -> None:

@@ -1,6 +1,6 @@
-"""The matrix of a problem's Hessian, batch by batch: one graph at a time, kept for all of its batch's columns.
+"""The matrix of a problem's Hessian, GGN or Fisher matrix, batch by batch: one graph at a time, for all of its batch's columns.
 
-A = (1/N) sum over batches b of d2 l_b / dw dw. What comes before the first selected layer is a constant of the graph and runs
+A = (1/N) sum over batches b of d2 l_b / dw dw, or of J_b^T M_b J_b. What comes before the first selected layer is a constant of the graph and runs
 once a batch; the output projection belongs to the loss, and is contracted where that pays.
 """
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hesscope.engines import Middle
 from hesscope.engines.block_graph import BlockGraph
+from hesscope.engines.output_block_graph import OutputBlockGraph
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss
 from hesscope.losses.projected import output_weight
@@ -31,12 +33,21 @@ from hesscope.space import random as counter_based
 
 
 class BatchColumns(MatrixRun):
-    """Columns of the Hessian of the risk, through weights or through positions, whichever needs fewer products."""
+    """Columns, through weights or through positions, whichever needs fewer products.
+
+    Of the Hessian of the risk, or with a `middle` M of the matrix J^T M J through the outputs. `make_room` is called before
+    a graph is built.
+    """
 
     def __init__(
-        self, problem: Problem, space: Space, route: str, make_room: Callable[[], None] = lambda: None
+        self,
+        problem: Problem,
+        space: Space,
+        route: str,
+        make_room: Callable[[], None] = lambda: None,
+        middle: Middle | None = None,
     ) -> None:
-        self._make_room = make_room  # called before a graph is built
+        self._make_room, self._middle = make_room, middle
         self._problem, self._space = problem, space
         self.graph_bytes, self.planned_bytes = 0, 0
         with FlopCounterMode(display=False) as forward:
@@ -195,18 +206,9 @@ class BatchColumns(MatrixRun):
     def _build(self, b: int, plan: BatchPlan) -> BlockGraph:
         self._make_room()
         loss: Loss | None = None
-        if isinstance(self._problem.loss, CausalLMLoss) and not self._selects_output_projection():
+        if self._middle is None and isinstance(self._problem.loss, CausalLMLoss) and not self._selects_projection():
             loss = ProjectedCausalLMLoss(self._problem.loss, plan.products, plan.copies)
-        graph = BlockGraph(
-            self._problem,
-            b,
-            self._space,
-            self._boxes,
-            frozenset(plan.through_positions),
-            plan.copies,
-            plan.sequences,
-            loss,
-        )
+        graph = self._make_graph(b, frozenset(plan.through_positions), plan.copies, plan.sequences, loss)
         held, moment = graph.bytes, graph.bytes
         if isinstance(loss, ProjectedCausalLMLoss):
             self._form, held, moment = loss.form, held + loss.bytes, moment + loss.transient_bytes
@@ -217,7 +219,13 @@ class BatchColumns(MatrixRun):
         self.units += self._share[b] * 3 * plan.copies
         return graph
 
-    def _selects_output_projection(self) -> bool:
+    def _make_graph(
+        self, b: int, through: frozenset[str], copies: int, sequences: int, loss: Loss | None = None
+    ) -> BlockGraph:
+        where = (self._problem, b, self._space, self._boxes, through, copies, sequences)
+        return BlockGraph(*where, loss) if self._middle is None else OutputBlockGraph(*where, self._middle)
+
+    def _selects_projection(self) -> bool:
         weight, named = output_weight(self._problem.model), named_parameters(self._problem.model)
         return any(named[name] is weight for name in self._space.names)
 
@@ -226,7 +234,7 @@ class BatchColumns(MatrixRun):
         if wanted <= 1:
             return 1
         if not self.graph_bytes:
-            self.graph_bytes = BlockGraph(self._problem, 0, self._space, self._boxes).bytes
+            self.graph_bytes = self._make_graph(0, frozenset(), 1, 1).bytes
         return max(1, min(wanted, available_bytes(self._problem.device) // 2 // max(self.graph_bytes, 1)))
 
     def _units(self, counter: FlopCounterMode, work: Task, b: int) -> float:

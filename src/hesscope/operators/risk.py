@@ -8,6 +8,7 @@ from typing import Any
 
 from hesscope.engines import Auto, Engine
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.errors import HesscopeError
 from hesscope.models import named_parameters, state_key
 from hesscope.operators.base import Operator
@@ -106,11 +107,12 @@ class CurvatureOfRisk(Operator):
         return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)
 
     def matrix_run(self, route: str) -> MatrixRun:
-        """The Hessian's batch by batch, on a graph of its own; an engine asked for by another name is taken at its word."""
-        if not isinstance(self.engine, (Auto, ReverseOverReverse)):
+        """Batch by batch, on a graph of its own; an engine asked for by another name is taken at its word."""
+        if not isinstance(self.engine, (Auto, ReverseOverReverse, ThroughOutputs)):
             return UnitVectors(self)
+        middle = self.engine.middle if isinstance(self.engine, ThroughOutputs) else None
         # Graphs kept for products, those of a probe before the run included, make room for the block's own.
-        self._columns.append(BatchColumns(self._parts, self.space, route, self.release))
+        self._columns.append(BatchColumns(self._parts, self.space, route, self.release, middle))
         return self._columns[-1]
 
     @property

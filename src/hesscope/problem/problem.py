@@ -115,9 +115,9 @@ class Problem:
         total, count = self._run((loss or self.loss).total, b, replaced, copies)
         return self._checked(b, total), count
 
-    def outputs(self, b: int, replaced: dict[str, Tensor] | None = None) -> Tensor:
+    def outputs(self, b: int, replaced: dict[str, Tensor] | None = None, *, copies: int = 1) -> Tensor:
         """The model's outputs for batch b, with some parameters replaced; for a loss that passes through them."""
-        outputs = self._run(self.require_split_loss().outputs, b, replaced)
+        outputs = self._run(self.require_split_loss().outputs, b, replaced, copies)
         if not isinstance(outputs, Tensor):
             raise HesscopeError(
                 f"Expected the loss's outputs(model, batch) to be a tensor, got {type(outputs).__name__}."
