@@ -32,7 +32,9 @@ class Samples:
             self._sums.add({name: part[k].double().sum().cpu() for name, part in V.items()})
 
     def record(self) -> dict[str, dict[str, list[float]]]:
-        """Every parameter's sum and its standard error, as JSON."""
+        """Every parameter's sum and its standard error, as JSON; nothing where one sample tells no error."""
+        if self.count < 2:
+            return {LAYER_SUMS: {}}
         means, errors = self._sums.mean, self._sums.standard_error()
         return {LAYER_SUMS: {name: [float(mean), float(errors[name])] for name, mean in means.items()}}
 
