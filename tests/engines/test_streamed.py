@@ -140,7 +140,8 @@ def test_what_is_kept_is_the_borders() -> None:
     space = hs.select(problem, "transformer.h.1.*")
     made = make_engine("streamed").linearize(problem, 0, space)
     sequences, length = problem.batches[0]["input_ids"].shape
-    assert made.bytes == 2 * sequences * length * 8 * 8  # into block 1 and out of it, width 8, float64
+    borders = 2 * sequences * length * 8 * 8  # into block 1 and out of it, width 8, float64
+    assert borders <= made.bytes < borders + 2 * sequences * length**2 * 8  # and the masks that blocks are given
     assert made.total == pytest.approx(float(problem.total(0)[0]))
 
 
@@ -214,48 +215,193 @@ def test_a_detour_around_the_blocks_is_refused() -> None:
         hs.hessian(problem, engine="streamed") @ torch.ones(sum(p.numel() for p in model.parameters())).double()
 
 
-class Skipping(nn.Module):
-    """Its head reads the input of the first block again, unseen by the recording."""
+class Chain(nn.Module):
+    """A small chain of blocks, with places where a model may do what a chain does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(11, 4)
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
-        self.out = nn.Linear(4, 11)
+        self.embed = nn.Embedding(11, width)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(2)])
+        self.out = nn.Linear(width, 11, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        h = start = self.embed(input_ids)
+        start = self.before(input_ids)
+        h = start
         for layer in self.layers:
-            h = layer(h)
-        logits: Tensor = self.out(h * start)
+            h = self.between(layer(h))
+        logits: Tensor = self.out(self.after(h, start))
         return logits
 
+    def before(self, input_ids: Tensor) -> Tensor:
+        h: Tensor = self.embed(input_ids)
+        return h
 
-def test_a_skip_connection_past_the_trunk_is_noticed() -> None:
-    """The head's recomputed start is constant neither way: the embedding's part through it is found, or refused."""
-    model = Skipping().double()
-    ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
-    problem = hs.Problem(model, CausalLMLoss(), [{"input_ids": ids, "labels": ids}])
-    v = torch.randn(sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(1)).double()
-    expected = hs.hessian(problem) @ v
-    assert relative(hs.hessian(problem, engine="streamed") @ v, expected) < EXACT
+    def between(self, h: Tensor) -> Tensor:
+        return h
+
+    def after(self, h: Tensor, start: Tensor) -> Tensor:
+        return h
 
 
-class Between(Skipping):
+def gap(model: nn.Module, length: int = 5, pattern: str = "*", loss: Any = None) -> float:
+    """How far the streamed product is from reverse over reverse."""
+    ids = torch.randint(0, 11, (2, length), generator=torch.Generator().manual_seed(0))
+    problem = hs.Problem(model.double(), loss or CausalLMLoss(), [{"input_ids": ids, "labels": ids}])
+    space = hs.select(problem, pattern)
+    v = torch.randn(space.size, generator=torch.Generator().manual_seed(1)).double()
+    return relative(hs.hessian(problem, space, "streamed") @ v, hs.hessian(problem, space) @ v)
+
+
+def test_a_chain() -> None:
+    assert gap(Chain()) < EXACT
+
+
+class Skipping(Chain):
+    """Its head reads the input of the first block again: the head's piece makes it anew, from the same parameters."""
+
+    def after(self, h: Tensor, start: Tensor) -> Tensor:
+        return h * start
+
+
+def test_a_skip_connection_past_the_trunk() -> None:
+    assert gap(Skipping()) < EXACT
+
+
+class Leaking(Chain):
+    """The first block's output reaches the head as well, with little weight."""
+
+    def between(self, h: Tensor) -> Tensor:
+        self.seen = getattr(self, "seen", h)
+        return h
+
+    def after(self, h: Tensor, start: Tensor) -> Tensor:
+        seen, self.seen = self.seen, None
+        del self.seen
+        return h if seen is h else h + 1e-4 * seen
+
+
+def test_a_small_detour_is_noticed() -> None:
+    with pytest.raises(hs.HesscopeError, match="carries something around them"):
+        gap(Leaking())
+
+
+class Between(Chain):
     """Something between the blocks."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        h = self.embed(input_ids)
-        for layer in self.layers:
-            h = layer(h) * 2.0
-        logits: Tensor = self.out(h)
-        return logits
+    def between(self, h: Tensor) -> Tensor:
+        return h * 2.0
 
 
-def test_something_between_the_blocks_is_refused() -> None:
-    model = Between().double()
-    ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
-    problem = hs.Problem(model, CausalLMLoss(), [{"input_ids": ids, "labels": ids}])
-    with pytest.raises(hs.HesscopeError, match="puts something between them"):
-        hs.hessian(problem, engine="streamed") @ torch.ones(sum(p.numel() for p in model.parameters())).double()
+class InPlace(Chain):
+    """The same, unseen by identity."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return h.detach().mul_(2.0) if not h.requires_grad else h.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Between, "puts something between them"), (InPlace, "changes them in place")]
+)
+def test_something_between_the_blocks_is_refused(kind: type[Chain], reason: str) -> None:
+    with pytest.raises(hs.HesscopeError, match=reason):
+        gap(kind())
+
+
+class Residual(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        x += super().forward(x)
+        return x
+
+
+class Named(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return {"hidden": super().forward(x)}
+
+
+class Unpacking(Chain):
+    def between(self, h: Any) -> Tensor:
+        hidden: Tensor = h["hidden"] if isinstance(h, dict) else h
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Residual, "changes them in place"), (Named, "to return its hidden states")]
+)
+def test_blocks_that_write_into_their_input_or_return_something_else_are_refused(
+    kind: type[nn.Linear], reason: str
+) -> None:
+    model = Unpacking()
+    model.layers = nn.ModuleList([nn.Sequential(kind(4, 4)) for _ in range(2)])
+    with pytest.raises(hs.HesscopeError, match=reason):
+        gap(model)
+
+
+def test_a_parameter_tied_inside_a_block_and_one_shared_by_blocks() -> None:
+    model = Chain()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2)])
+    for layer in model.layers:
+        layer[2].weight = layer[0].weight
+    model.layers[1][0].bias = model.layers[0][0].bias
+    assert gap(model) < EXACT
+
+
+class Mixing(Chain):
+    """Positions meet after the blocks."""
+
+    def after(self, h: Tensor, start: Tensor) -> Tensor:
+        return h + 0.5 * h.cumsum(1)
+
+
+class Numbered(Chain):
+    """Positions are numbered from what the model is given, and reach the head around the blocks."""
+
+    def before(self, input_ids: Tensor) -> Tensor:
+        return super().before(input_ids) + torch.arange(input_ids.shape[1])[:, None] / 10
+
+    def after(self, h: Tensor, start: Tensor) -> Tensor:
+        return h * start
+
+
+class WithPenalty(CausalLMLoss):
+    """A loss that builds on the next-token loss."""
+
+    def total_of_outputs(self, outputs: Tensor, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        total, count = super().total_of_outputs(outputs, batch)
+        return total + 0.1 * outputs.logsumexp(-1).square().sum(), count
+
+
+@pytest.mark.parametrize("kind", [Mixing, Numbered])
+@pytest.mark.parametrize("pattern", ["*", "layers.*"])
+def test_a_few_positions_at_a_time_that_do_not_add_up_are_refused(
+    kind: type[Chain], pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look at a short sequence has one chunk and agrees; the long batch has several."""
+    assert gap(kind(), 200, pattern) < EXACT
+    monkeypatch.setattr(positions, "_CHUNK_BYTES", 64 * 2 * 11 * 8)
+    assert gap(Chain(), 200, pattern) < EXACT
+    with pytest.raises(hs.HesscopeError, match="mixes positions after its blocks"):
+        gap(kind(), 200, pattern)
+
+
+def test_a_loss_that_builds_on_the_next_token_loss_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(positions, "_CHUNK_BYTES", 64 * 2 * 11 * 8)
+    assert gap(Chain(), 200, loss=WithPenalty()) < EXACT
+
+
+def test_a_mask_over_pairs_of_tokens() -> None:
+    """What lies along the tokens in a way of its own is not cut for the look at a short sequence."""
+    model = tiny("gpt2")
+    ids = torch.randint(3, 30, (1, 16), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(16, 16, dtype=torch.bool).tril()
+    mask = torch.zeros(16, 16, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)[None, None]
+    problem = hs.causal_lm(model, [{"input_ids": ids, "attention_mask": mask, "labels": ids}])
+    monkey = hs.select(problem, "transformer.h.1.*")
+    v = torch.ones(monkey.size, dtype=torch.float64)
+    from hesscope.engines import checking
+
+    assert checking.short_slice(problem, 8).batches[0]["input_ids"].shape == (1, 16)
+    assert relative(hs.hessian(problem, monkey, "streamed") @ v, hs.hessian(problem, monkey) @ v) < EXACT

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hesscope.errors import HesscopeError
 from hesscope.losses.cross_entropy import IGNORED
@@ -45,6 +46,9 @@ def short_slice(problem: Problem, length: int = 32) -> Problem:
         return small
     if ids.shape[1] <= length or problem.dropout == "frozen":
         return small
+    others = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.shape[:2] != ids.shape]
+    if any(ids.shape[1] in x.shape for x in others):  # along the tokens, in a way that is not known
+        return small
     first = int((labels != IGNORED).any(0).float().argmax())
     start = min(max(first - 1, 0), ids.shape[1] - length)
     window = {
@@ -60,6 +64,22 @@ def disagreement(space: Space, x: Vectors, y: Vectors) -> float:
     gaps, sizes = space.norms(vectors.add(x, y, -1.0)), torch.maximum(space.norms(x), space.norms(y))
     found = torch.where(gaps == 0, 0.0, gaps / sizes)
     return float(found.max()) if bool(torch.isfinite(found).all()) else math.inf
+
+
+def largest_disagreement(space: Space, x: Vectors, y: Vectors) -> float:
+    """The largest |x - y| / |y| over the parameters, each against at least a thousandth of the whole |y|; x, y one vector."""
+    floor = max(1e-3 * float(space.norms(y)), 1e-300)
+    gaps = [
+        float((x[c.name] - y[c.name]).double().norm()) / max(float(y[c.name].double().norm()), floor)
+        for c in space.coordinates
+        if not torch.equal(x[c.name], y[c.name])
+    ]
+    return max(gaps, default=0.0) if all(map(math.isfinite, gaps)) else math.inf
+
+
+def close(space: Space) -> float:
+    """The largest disagreement that passes for rounding of the same arrangement; models may cast to float32 inside."""
+    return min(max(1000 * max(torch.finfo(c.dtype).eps for c in space.coordinates), 3e-5), 0.1)
 
 
 def tolerated(space: Space) -> float:

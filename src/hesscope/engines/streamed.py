@@ -10,15 +10,17 @@ A product costs 3 forward passes for h', 3 for the graphs, which a call's vector
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hesscope.engines.base import Linearization, parameter_values
 from hesscope.engines.stages import Above, Graph, Piece, Values, tangent
 from hesscope.engines.through_outputs import Middle
 from hesscope.engines.trunk_plan import TrunkPlan
-from hesscope.engines.trunk_run import Pieces, record
+from hesscope.engines.trunk_run import Call, NotATrunk, Pieces, record
 from hesscope.losses import CausalLMLoss, PositionsLoss, output_weight, position_chunks
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
@@ -39,7 +41,7 @@ class StreamedBatch(Linearization):
         self._h = [*(call.hidden for call in calls[plan.start :]), calls[-1].output]
         self._pieces = Pieces(problem, b, plan.trunk, calls)
         self.total = float(total)
-        self.bytes = sum(h.nbytes for h in self._h)
+        self.bytes = _bytes([*self._h, *(call.lean() for call in calls)])
         self._used: set[str] = set()
 
     @property
@@ -49,7 +51,12 @@ class StreamedBatch(Linearization):
 
     def gradient(self) -> Vectors:
         result = self._space.zeros()
-        parts = [Graph(*piece, self._below_head).transposed(None, last=True) for piece in self._heads()]
+        parts, total = [], 0.0
+        for piece in self._heads():
+            graph = Graph(*piece, self._below_head)
+            total += float(graph.y.detach())
+            parts.append(graph.transposed(None, last=True))
+        self._require_total(total)
         for found, _ in parts:
             self._add(found, self._outside_names, 0, result)
         self._descend_first_order([self._joined([below for _, below in parts])], result)
@@ -95,10 +102,21 @@ class StreamedBatch(Linearization):
 
     def _slices(self) -> list[slice]:
         """The positions that the head takes at a time."""
-        h, weight = self._h[-1], output_weight(self._problem.model)
-        if not isinstance(self._problem.loss, CausalLMLoss) or weight is None or h.dim() != 3:
+        h, weight, loss = self._h[-1], output_weight(self._problem.model), self._problem.loss
+        # A loss that builds on the next-token loss, and hidden states that are not one a token, are taken whole.
+        one_a_token = h.dim() == 3 and h.shape[:2] == self._problem.batches[self._b]["input_ids"].shape
+        if type(loss) is not CausalLMLoss or weight is None or not one_a_token:
             return [slice(None)]
         return position_chunks(h.shape[0], h.shape[1], weight.shape[0] * max(h.itemsize, 4))
+
+    def _require_total(self, found: float) -> None:
+        """Raise NotATrunk where the head's parts do not add up to the loss."""
+        eps = max(torch.finfo(c.dtype).eps for c in self._space.coordinates)
+        if not abs(found - self.total) <= min(max(300 * eps, 1e-5), 0.02) * max(abs(self.total), 1e-30):
+            raise NotATrunk(
+                f"Expected the batch's loss, {self.total:.8g}, from the output of its last block, got {found:.8g}: the model mixes "
+                "positions after its blocks, or carries something around them; use another engine."
+            )
 
     def _heads(self) -> list[_Piece]:
         """The loss of a few positions at a time, with the head's parameters and its input."""
@@ -173,34 +191,49 @@ class StreamedBatch(Linearization):
                 into[c.name][k] += c.gather(by_name[c.name].detach())
 
 
+def _bytes(kept: list[Any]) -> int:
+    """What tensors hold, each storage once."""
+    leaves = [leaf for x in kept for leaf in tree_leaves((x.args, x.kwargs) if isinstance(x, Call) else x)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)}
+    return sum(storages.values())
+
+
 class StreamedHessian(StreamedBatch):
     """The Hessian of one batch's summed loss."""
 
     def _add_product(self, V: Vectors, tangents: list[list[Tensor | None]], into: Vectors) -> None:
         above = self._head(V, tangents[-1], into)
         for i in reversed(range(len(self._h) - 1)):
-            below = i > 0 or self._plan.stem
-            above = self._stage(self._block(i), self._block_names(i), above, V, tangents.pop(-2), below, into)
+            graph = Graph(*self._block(i), i > 0 or self._plan.stem)
+            above = self._stage(graph, self._block_names(i), above, V, tangents.pop(-2), into)
         if self._plan.stem:
             nothing: list[Tensor | None] = [None] * vectors.count(V)
-            self._stage(self._stem(), self._outside_names, above, V, nothing, False, into)
+            self._stage(Graph(*self._stem(), False), self._outside_names, above, V, nothing, into)
 
     def _head(self, V: Vectors, tangents: list[Tensor | None], into: Vectors) -> Above:
-        found = []
+        found, total = [], 0.0
         for where, piece in zip(self._slices(), self._heads(), strict=True):
             cut = [None if dh is None else dh[:, where] if piece[2] is not self._h[-1] else dh for dh in tangents]
-            found.append(self._stage(piece, self._outside_names, None, V, cut, self._below_head, into))
+            graph = Graph(*piece, self._below_head)
+            total += float(graph.y.detach())
+            found.append(self._stage(graph, self._outside_names, None, V, cut, into))
+        self._require_total(total)
         cotangent = self._joined([above.cotangent for above in found])
         return Above(cotangent, [self._joined([a.tangents[k] for a in found]) for k in range(vectors.count(V))])
 
     def _stage(
-        self, piece: _Piece, names: dict[str, str], above: Above | None, V: Vectors, tangents: list[Tensor | None],
-        below: bool, into: Vectors,
-    ) -> Above:  # fmt: skip
+        self,
+        graph: Graph,
+        names: dict[str, str],
+        above: Above | None,
+        V: Vectors,
+        tangents: list[Tensor | None],
+        into: Vectors,
+    ) -> Above:
         """One stage's parts of the product, added; returns what the stage below needs."""
         count = vectors.count(V)
         v = [self._part(V, k, names) for k in range(count)]
-        parts, under, used = Graph(*piece, below).second_order(above, v, tangents)
+        parts, under, used = graph.second_order(above, v, tangents)
         for k in range(count):
             self._add(parts[k], names, k, into)
         self._used |= {names[local] for local in used}

@@ -8,7 +8,7 @@ from copy import copy
 from torch import Tensor
 
 from hesscope.engines.base import Engine, Linearization
-from hesscope.engines.checking import disagreement, short_slice, tolerated
+from hesscope.engines.checking import close, largest_disagreement, short_slice
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.engines.streamed import StreamedBatch, StreamedHessian, StreamedOutputs
 from hesscope.engines.through_outputs import Middle, ThroughOutputs
@@ -50,8 +50,8 @@ class Streamed(Engine):
         v, ours, theirs = space.rademacher(0, ["engine/0"]), space.zeros(), space.zeros()
         self._look(small, space, self._plan).add_product(v, ours)
         reference.linearize(small, 0, space).add_product(v, theirs, last=True)
-        gap = disagreement(space, ours, theirs)
-        if gap > tolerated(space):
+        gap = largest_disagreement(space, ours, theirs)
+        if gap > close(space):
             raise HesscopeError(
                 f"Expected the streamed product to equal {reference.name}'s, but on a short sequence it differs by {gap:.1e}: "
                 "the model carries values around its blocks; use another engine."

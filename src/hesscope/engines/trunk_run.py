@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +27,12 @@ from hesscope.problem import Problem
 Values = dict[str, Tensor]
 
 
+_IN_PLACE = (
+    "Expected the blocks of {trunk!r} to leave the hidden states that they are given as they are, but something {where} "
+    "changes them in place; use another engine."
+)
+
+
 class NotATrunk(HesscopeError):
     """The model does not run as a stem, a chain of blocks and a head."""
 
@@ -40,6 +46,7 @@ class Call:
     kwargs: dict[str, Any]
     hidden: Tensor
     result: Any
+    version: int = 0
 
     @property
     def output(self) -> Tensor:
@@ -83,7 +90,7 @@ class Pieces:
     def block(self, i: int, values: Values, h: Tensor) -> Tensor:
         """The output of block i; `values` by the names inside the block, what is missing is constant."""
         call, module = self._calls[i], self._trunk.blocks[i]
-        state = {name: p.detach() for name, p in module.named_parameters(remove_duplicate=False)} | values
+        state = {name: p.detach() for name, p in module.named_parameters()} | values
         args, kwargs = (
             ((h, *call.args), call.kwargs) if call.keyword is None else (call.args, call.kwargs | {call.keyword: h})
         )
@@ -124,9 +131,15 @@ def record(problem: Problem, b: int, trunk: Trunk, values: Values | None = None)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             keyword, hidden = _hidden(args, kwargs)
+            if calls and calls[-1][1].output is hidden and hidden._version != calls[-1][1].version:
+                raise NotATrunk(_IN_PLACE.format(where=f"between blocks {i - 1} and {i}", trunk=trunk.prefix))
+            version = hidden._version
             result = forward(*args, **kwargs)
+            if hidden._version != version:
+                raise NotATrunk(_IN_PLACE.format(where=f"inside block {i}", trunk=trunk.prefix))
             others = {name: x for name, x in kwargs.items() if name != keyword}
-            calls.append((i, Call(keyword, args if keyword else args[1:], others, hidden, result)))
+            call = Call(keyword, args if keyword else args[1:], others, hidden, result)
+            calls.append((i, replace(call, version=_output(call, i, trunk)._version)))
             return result
 
         return run
@@ -141,7 +154,7 @@ def record(problem: Problem, b: int, trunk: Trunk, values: Values | None = None)
         )
     found = [call for _, call in calls]
     for i, (before, after) in enumerate(pairwise(found)):
-        if not _is_chain(before, after):
+        if before.output is not after.hidden:
             raise NotATrunk(
                 f"Expected the input of block {i + 1} of {trunk.prefix!r} to be the output of block {i}, but the model puts "
                 "something between them."
@@ -149,11 +162,14 @@ def record(problem: Problem, b: int, trunk: Trunk, values: Values | None = None)
     return total, found
 
 
-def _is_chain(before: Call, after: Call) -> bool:
-    try:
-        return before.output is after.hidden
-    except (TypeError, IndexError, KeyError):
-        return False
+def _output(call: Call, i: int, trunk: Trunk) -> Tensor:
+    """A call's output, known to be hidden states that another tensor can stand in for."""
+    if isinstance(call.result, Tensor) or (type(call.result) in (tuple, list) and isinstance(call.result[0], Tensor)):
+        return call.output
+    raise NotATrunk(
+        f"Expected block {i} of {trunk.prefix!r} to return its hidden states, alone or first in a tuple, got "
+        f"{type(call.result).__name__}."
+    )
 
 
 def require_no_detours(calls: Sequence[Call], trunk: Trunk) -> None:
@@ -168,12 +184,14 @@ def require_no_detours(calls: Sequence[Call], trunk: Trunk) -> None:
 
 
 def names_inside(model: nn.Module, trunk: Trunk) -> list[dict[str, str]]:
-    """For every block, {name inside it: the parameter's first name in the model}; a tied parameter may stand in several."""
+    """For every block, {name inside it: the parameter's first name in the model}.
+
+    A parameter tied inside a block stands once in it, under its first name there; one that blocks share stands in each.
+    """
     first = aliases(model)
-    prefixes = [f"{trunk.prefix}.{i}." for i in range(len(trunk.blocks))]
     return [
-        {name.removeprefix(prefix): known for name, known in first.items() if name.startswith(prefix)}
-        for prefix in prefixes
+        {name: first[f"{trunk.prefix}.{i}.{name}"] for name, _ in block.named_parameters()}
+        for i, block in enumerate(trunk.blocks)
     ]
 
 
