@@ -31,9 +31,9 @@ class SquaredGradients:
         self._linear = {name: Perturbation(box, 1, values[name], outputs=True) for name, box in boxes.items()}
         self._whole = {name: p.requires_grad_() for name, p in values.items() if name not in boxes}
         meter = SavedBytes(problem.model.parameters())
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-            with PerturbLinears(self._linear, values):
-                self._z = problem.outputs(b, values)
+        hooks = torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack)
+        with torch.enable_grad(), hooks, PerturbLinears(self._linear, values):
+            self._z = problem.outputs(b, values)
         for perturbation in self._linear.values():
             if perturbation.inputs is not None:
                 meter.pack(perturbation.inputs)

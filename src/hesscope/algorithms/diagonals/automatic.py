@@ -108,13 +108,13 @@ class Automatic(Estimator):
             return self._best(
                 pilot, plain, {"method": "hutchinson", "reason": "the free memory and a pilot"}, plain.cost
             )
-        units = self._H.units
         Z = self._H.space.rademacher(self._seed, [f"pilot/{i}" for i in range(PROBES)])
         AZ = self._H.matmat(Z)
         require_finite(self._H, AZ)
-        passes = (self._H.units - units) / PROBES
+        units, products = self._H.units, self._H.products  # the graphs are built
         while self._space.q < DIRECTIONS and self._space.extend_krylov(BLOCK, self._seed, "krylov"):
             pass
+        passes = (self._H.units - units) / max(self._H.products - products, 1)
         samples = vectors.multiply(Z, AZ)
         plain, deflated = Measured(spread(samples), passes), spread(vectors.multiply(Z, self._space.residual(Z, AZ)))
         ratio = deflated / plain.variance if plain.variance > 0 else 1.0
@@ -165,11 +165,11 @@ class Automatic(Estimator):
         if self._chosen.probes < FEWEST_PROBES:
             return False
         excess = max(self._chosen.error / target, 1.0)
-        if isinstance(self._chosen, Scheduled):  # which foresees its end by itself
-            remaining = self._chosen.expected - self._chosen.spent if math.isfinite(excess) else 0
+        if isinstance(self._chosen, Scheduled):  # which foresees its end by itself, once it has an error
+            remaining = float(self._chosen.expected - self._chosen.spent) if math.isfinite(excess) else 0.0
         else:
             remaining = self._chosen.spent * (excess**2 - 1)
-        return remaining > self._why.get("exact_costs", n)
+        return bool(remaining > self._why.get("exact_costs", n))
 
     def _nystrom_leaves(self, ratio: float, samples: Vectors, plain: float) -> float:
         """The part of Hutchinson's squared error that is expected with as many products as the target needs."""

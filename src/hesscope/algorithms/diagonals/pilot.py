@@ -47,13 +47,14 @@ class Pilot:
 
     def measure(self, sample: Callable[[int], Vectors]) -> Measured:
         """Of `sample(0)` to `sample(PROBES - 1)`."""
-        units, mean = self._H.units, RunningMean()
+        mean, spent = RunningMean(), []
         for i in range(PROBES):
             found = sample(i)
             require_finite(self._H, found)
             add_samples(mean, found)
+            spent.append(self._H.units)
         variance = sum(float(x.double().sum()) for x in mean.squares.values()) / (PROBES - 1)
-        return Measured(variance, (self._H.units - units) / PROBES)
+        return Measured(variance, (spent[-1] - spent[0]) / (PROBES - 1))  # the first sample may have graphs to build
 
     def hutchinson(self) -> Measured:
         """z * (H z), a product after the other."""
