@@ -221,10 +221,10 @@ def test_a_choice_of_a_control_variate_and_its_labels_are_kept(
     killed_in_every_step: Callable[..., tuple[Result, int]], tmp_path: Path
 ) -> None:
     def run(**kept: Any) -> Result:
-        x = torch.randn(48, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        model = torch.nn.Linear(12, 10, bias=False, dtype=torch.float64)
+        x = torch.randn(48, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        model = torch.nn.Linear(60, 3, bias=False, dtype=torch.float64)
         torch.nn.init.zeros_(model.weight)
-        return hs.diagonal(hs.hessian(hs.supervised(model, [(x, torch.arange(48) % 10)])), budget=110, **kept)
+        return hs.diagonal(hs.hessian(hs.supervised(model, [(x, torch.arange(48) % 3)])), budget=110, **kept)
 
     found, kills = killed_in_every_step(lambda: run(checkpoint=Checkpoint(tmp_path / "kept", every=0.0)))
     assert kills > 3

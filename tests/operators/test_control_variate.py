@@ -20,16 +20,16 @@ LAYERS = [("llama", "*.1.self_attn.v_proj.weight"), ("gpt2", "*.h.1.mlp.c_proj.w
 layers = pytest.mark.parametrize(("name", "pattern"), LAYERS)
 
 
-def hessian(name: str, pattern: str, batches: list[Batch] | None = None, objective: str = "nll", **more: Any) -> Any:
-    problem = hs.causal_lm(tiny(name), batches or ragged_batches(), objective=objective)
+def hessian(name: str, pattern: str, batches: list[Batch] | None = None, **more: Any) -> Any:
+    problem = hs.causal_lm(tiny(name), batches or ragged_batches())
     return hs.hessian(problem, hs.select(problem, pattern), **more)
 
 
-def classifier(examples: int = 40, hidden: int = 0, seed: int = 0) -> Any:
+def classifier(examples: int = 40, hidden: int = 0, inputs: int = 12) -> Any:
     """The Hessian of a linear model, for which H = G, or of one with a hidden layer; in two unequal batches."""
-    torch.manual_seed(seed)
-    x, y = torch.randn(examples, 12, dtype=F64), torch.randint(10, (examples,))
-    kinds = [nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, 10)] if hidden else [nn.Linear(12, 10)]
+    torch.manual_seed(0)
+    x, y = torch.randn(examples, inputs, dtype=F64), torch.randint(3, (examples,))
+    kinds = [nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, 3)] if hidden else [nn.Linear(inputs, 3)]
     model = nn.Sequential(*kinds).to(F64)
     cut = examples // 4
     return hs.hessian(hs.supervised(model, [(x[:cut], y[:cut]), (x[cut:], y[cut:])]))
@@ -39,8 +39,24 @@ def flat(H: hs.Operator, V: dict[str, Tensor]) -> Tensor:
     return H.space.flatten(V)
 
 
-def z_scores(values: Tensor, exact: Tensor) -> Tensor:
-    return (values.mean(0) - exact) / (values.std(0) / len(values) ** 0.5)
+class Linear(nn.Module):
+    """A language model whose logits are linear in its one trained weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(200, 60), nn.Linear(60, 3, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(input_ids))
+        return logits
+
+
+def linear() -> Any:
+    """Its Hessian over 64 sequences of one target."""
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randperm(200)[:64], torch.randint(3, (64,))], 1)
+    problem = hs.causal_lm(Linear().double(), [{"input_ids": ids}])
+    return hs.hessian(problem, hs.select(problem, "head.weight"))
 
 
 # ---- the samples
@@ -62,13 +78,13 @@ def test_products_and_draws_are_those_of_the_gauss_newton_matrix(
 
 def test_of_a_perplexity() -> None:
     """exp(R) (G + g g^T): the difference from its Hessian is exp(R) (H - G), and the draws are unbiased for its diagonal."""
-    H = hessian("llama", LAYERS[0][1], objective="perplexity")
-    G = hs.ggn(H.problem, H.space)
-    of_risk = hs.hessian(H.problem.related(objective="nll"), H.space)
+    of_risk: Any = hessian("llama", LAYERS[0][1])
+    problem = of_risk.problem.related(objective="perplexity")
+    H, G = hs.hessian(problem, of_risk.space), hs.ggn(problem, of_risk.space)
     v = H.space.gaussian(0, [0])
     assert relative(flat(H, H.gauss_newton_product(v)), flat(G, G.matmat(v))) < EXACT
     square = flat(H, of_risk.risk_and_gradient()[1]).square()
-    expected = math.exp(H.problem.risk()) * (flat(H, of_risk.draw_gauss_newton(1, 2)) + square)
+    expected = math.exp(problem.risk()) * (flat(H, of_risk.draw_gauss_newton(1, 2)) + square)
     assert relative(flat(H, H.draw_gauss_newton(1, 2)), expected) < EXACT
     assert H.products == 2
     assert hs.diagonal(H, "control-variate", budget=6).products == 6
@@ -97,11 +113,12 @@ def test_a_sample_is_its_formula(labels: int) -> None:
 def test_estimates_are_unbiased(name: str, pattern: str) -> None:
     H = hessian(name, pattern)
     d = H.to_dense().diagonal()
-    runs = [hs.diagonal(H, "control-variate", budget=12, seed=s) for s in range(40)]
-    assert {(run.products, run.degrees_of_freedom) for run in runs} == {(12, 3)}
-    z = z_scores(torch.stack([run.flat() for run in runs]), d)
+    found = hs.diagonal(H, "control-variate", budget=360, seed=9)
+    assert (found.products, found.degrees_of_freedom) == (360, 119)
+    error = flat(H, {name: part[None] for name, part in found.standard_error.items()})[:, 0]
+    z = (found.flat() - d) / error
     assert float(z.abs().max()) < 4.5
-    assert float(z.square().mean()) == pytest.approx(1.05, abs=0.4)
+    assert float(z.square().mean()) < 2
 
 
 def test_intervals_cover() -> None:
@@ -171,9 +188,9 @@ def test_labels_for_a_sign_vector() -> None:
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_auto_chooses_it_where_the_model_is_linear(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    H = classifier(examples=400)
+    H = linear()
     if lean:
-        monkeypatch.setattr("hesscope.algorithms.diagonals.scheduled.available_bytes", lambda _: 100 * 130 * 8)
+        monkeypatch.setattr("hesscope.algorithms.diagonals.scheduled.available_bytes", lambda _: 100 * 180 * 8)
     before = H.units
     found = hs.diagonal(H, budget=120)
     record = found.provenance["estimator"]
@@ -188,9 +205,8 @@ def test_auto_chooses_it_where_the_model_is_linear(lean: bool, monkeypatch: pyte
 
 def test_auto_leaves_it_where_it_loses() -> None:
     """In an untrained model what G leaves has as much off the diagonal, and takes more forward passes."""
-    H = hessian("llama", "*.0.self_attn.q_proj.weight")
-    found = hs.diagonal(H, budget=100) if H.space.size > 100 else None
-    assert found is not None
+    H = hessian("llama", "*.0.*_proj.weight")
+    found = hs.diagonal(H, budget=100)
     assert found.method in ("nystrom", "hutchinson", "per-sequence")
     assert "control_variate_gain" not in found.provenance["estimator"]["chosen"]
 
