@@ -254,13 +254,14 @@ def test_an_estimate_is_given_up_once_it_is_seen_to_be_dearer_than_the_exact_dia
     found = hs.diagonal(H, target_error=0.01, budget=600, max_seconds=seconds)
     chosen = found.provenance["estimator"]["chosen"]
     if seconds:
-        assert (found.method, found.products) == ("nystrom", 600)
+        assert found.method == "nystrom"
+        assert found.products > 220
         return
-    assert (found.method, chosen["reason"]) == ("exact", "a pilot and 30 samples")
+    assert (found.method, chosen["reason"]) == ("exact", "a pilot and 32 samples")  # they come eight at a time
     assert torch.equal(found.flat(), generic(150).diagonal())
     assert (found.relative_error, found.degrees_of_freedom, float(found.standard_error["x"].max())) == (0.0, 0, 0.0)
     assert found.products == chosen["pilot_products"] + 150 <= 220
-    assert "exact (chosen by a pilot and 30 samples)" in found.summary()
+    assert "exact (chosen by a pilot and 32 samples)" in found.summary()
     assert hs.diagonal(H, target_error=0.01, budget=160).method == "nystrom"
 
 
