@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hesscope as hs
 from hesscope.algorithms.diagonals import estimate as estimate_module
-from hesscope.algorithms.diagonals.automatic import choice
+from hesscope.algorithms.diagonals.pilot import choice
 from hesscope.results import Diagonal
 from spectra import SPECTRA, Counted, generic, symmetric
 
@@ -233,6 +233,36 @@ def test_the_choice() -> None:
     assert choice(1.0, 10_000) is None
     assert choice(0.3, 200) == 0.3
     assert choice(0.95, 200) == 0.0
+
+
+def test_a_target_is_estimated_where_that_is_cheaper_than_the_exact_diagonal() -> None:
+    """Although the budget would allow the latter; without a target, or for few weights, it is exact."""
+    d = torch.cat([torch.tensor([60.0, -40.0, 30.0], dtype=F64), torch.linspace(1, 2, 397, dtype=F64)])
+    H = hs.operator(symmetric(d, seed=2))
+    found = hs.diagonal(H, target_error=0.1, budget=1000)
+    assert found.method == "nystrom"
+    assert found.relative_error <= 0.1
+    assert found.products < 200
+    assert hs.diagonal(H, budget=1000).method == "exact"
+    assert hs.diagonal(hs.operator(matrix()), target_error=0.1, budget=1000).products == 80
+
+
+@pytest.mark.parametrize("seconds", [None, 1e6])
+def test_an_estimate_is_given_up_once_it_is_seen_to_be_dearer_than_the_exact_diagonal(seconds: float | None) -> None:
+    """Not where a time ends the run, of which the exact diagonal would take no notice, nor beyond the budget."""
+    H = hs.operator(generic(150))
+    found = hs.diagonal(H, target_error=0.01, budget=600, max_seconds=seconds)
+    chosen = found.provenance["estimator"]["chosen"]
+    if seconds:
+        assert found.method == "nystrom"
+        assert found.products > 220
+        return
+    assert (found.method, chosen["reason"]) == ("exact", "a pilot and 32 samples")  # they come eight at a time
+    assert torch.equal(found.flat(), generic(150).diagonal())
+    assert (found.relative_error, found.degrees_of_freedom, float(found.standard_error["x"].max())) == (0.0, 0, 0.0)
+    assert found.products == chosen["pilot_products"] + 150 <= 220
+    assert "exact (chosen by a pilot and 32 samples)" in found.summary()
+    assert hs.diagonal(H, target_error=0.01, budget=160).method == "nystrom"
 
 
 def test_without_structure_probes_are_left_alone() -> None:

@@ -80,6 +80,8 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
     "Nystroem diagonal to a target": lambda H, **c: hs.diagonal(H, "nystrom", budget=60, target_error=0.01, **c),
     "automatic diagonal": lambda H, **c: hs.diagonal(H, max_seconds=1e6, budget=min(61, H.shape[0] - 1), **c),
     "per-sequence diagonal": lambda H, **c: hs.diagonal(H, "per-sequence", budget=9, **c),
+    "control-variate diagonal": lambda H, **c: hs.diagonal(H, "control-variate", budget=19, **c),
+    "diagonal to a target in vain": lambda H, **c: hs.diagonal(H, target_error=1e-3, budget=400, **c),
     "diagonal study": lambda H, **c: hs.diagonal_study(H, ["nystrom"], [8, 12], seeds=2, **c),
     "exact trace": lambda H, **c: hs.trace(H, "exact", **c),
     "trace": lambda H, **c: hs.trace(H, "hutchinson", budget=53, **c),
@@ -101,6 +103,10 @@ ALGORITHMS: dict[str, Callable[..., Result]] = {
 
 def matrix(dtype: torch.dtype) -> hs.Operator:
     return hs.operator((generic(40) + 2 * torch.eye(40)).to(dtype))
+
+
+def wide_matrix(dtype: torch.dtype) -> hs.Operator:
+    return hs.operator(generic(110).to(dtype))
 
 
 def language_model(dtype: torch.dtype, engine: str = "auto", objective: str = "nll") -> hs.Operator:
@@ -159,9 +165,12 @@ CASES = [
     *(
         (name, matrix)
         for name in ALGORITHMS
-        if not any(word in name for word in ("through", "stochastic", "per-sequence"))
+        if not any(word in name for word in ("through", "stochastic", "per-sequence", "control", "in vain"))
     ),
     ("per-sequence diagonal", language_model),
+    ("control-variate diagonal", language_model),
+    ("control-variate diagonal", perplexity),
+    ("diagonal to a target in vain", wide_matrix),
     ("stochastic power", language_model),
     ("groups", two_layers),
     *((name, language_model) for name in ("block through weights", "diagonal", "eigs", "density")),
@@ -205,6 +214,21 @@ def test_a_choice_of_a_probe_for_every_sequence_is_kept(
     found, kills = killed_in_every_step(lambda: run(checkpoint=Checkpoint(tmp_path / "kept", every=0.0)))
     assert kills > 10
     assert found.facts()["method"] == "per-sequence"
+    assert_same(found, run())
+
+
+def test_a_choice_of_a_control_variate_and_its_labels_are_kept(
+    killed_in_every_step: Callable[..., tuple[Result, int]], tmp_path: Path
+) -> None:
+    def run(**kept: Any) -> Result:
+        x = torch.randn(48, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        model = torch.nn.Linear(60, 3, bias=False, dtype=torch.float64)
+        torch.nn.init.zeros_(model.weight)
+        return hs.diagonal(hs.hessian(hs.supervised(model, [(x, torch.arange(48) % 3)])), budget=110, **kept)
+
+    found, kills = killed_in_every_step(lambda: run(checkpoint=Checkpoint(tmp_path / "kept", every=0.0)))
+    assert kills > 3
+    assert found.facts()["method"] == "control-variate"
     assert_same(found, run())
 
 

@@ -33,6 +33,9 @@ def test_all_linear_layers(
     assert "share of trace" in capsys.readouterr().out
 
 
-def test_per_sequence_is_refused_in_words(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("diagonal", "--operator", "ggn", "--method", "per-sequence") != 0
-    assert "use method='hutchinson'" in capsys.readouterr().err
+@pytest.mark.parametrize(("method", "instead"), [("per-sequence", "hutchinson"), ("control-variate", "auto")])
+def test_methods_for_a_hessian_are_refused_in_words(
+    method: str, instead: str, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("diagonal", "--operator", "ggn", "--method", method) != 0
+    assert f"use method='{instead}'" in capsys.readouterr().err

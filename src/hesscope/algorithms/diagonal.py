@@ -13,6 +13,7 @@ from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.diagonals import Estimator, Limits, exact_entries, products_needed
 from hesscope.algorithms.diagonals.automatic import Automatic
+from hesscope.algorithms.diagonals.control_variate import FEWEST, ControlVariate
 from hesscope.algorithms.diagonals.deflated import Deflated
 from hesscope.algorithms.diagonals.hutchinson import Hutchinson
 from hesscope.algorithms.diagonals.nystrom import Nystrom
@@ -33,9 +34,12 @@ ESTIMATORS: dict[str, tuple[Callable[[Operator, Limits, int], Estimator], int]] 
     "nystrom": (Nystrom, 1),
     "sampled": (Sampled, 1),
     "per-sequence": (PerSequence, 1),
+    "control-variate": (ControlVariate, FEWEST),
     "auto": (Automatic, 1),
 }
-METHODS = ("auto", "exact", "hutchinson", "gaussian", "deflated", "xdiag", "nystrom", "sampled", "per-sequence")
+METHODS = ("auto", "exact", *(name for name in ESTIMATORS if name != "auto"))
+#: With a target error "auto" is exact at once for so few weights only: an estimate takes a pilot and 30 probes at least.
+_FEW = 100
 
 
 def diagonal(
@@ -58,8 +62,10 @@ def diagonal(
         method: "exact" (n products, or none where the operator knows its diagonal, as K-FAC does); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
             "deflated", exact on a Krylov space and probes on its complement; "xdiag", leave-one-out; "nystrom", deflation
             with a low-rank approximation made of the other probes; "sampled", gradients at labels drawn from the model, for
-            a GGN; "per-sequence", a probe of its own for every sequence in the same pass, for a Hessian; or "auto": exact
-            where that needs no more products than the budget, and otherwise what a short pilot finds best.
+            a GGN; "per-sequence", a probe of its own for every sequence in the same pass, for a Hessian; "control-variate",
+            for a Hessian H with the Gauss-Newton matrix G, draws of diag(G) and a probe of H - G; or "auto": what a short
+            pilot finds best, and exact where that needs no more products than the budget or, with a target error, than
+            the estimate is seen to need.
         budget: operator products at most; 100 by default, 10000 where a target error or a time decides when to stop.
         target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
         seed: of the random vectors; None draws one and records it.
@@ -78,7 +84,9 @@ def diagonal(
     """
     method = "hutchinson" if method == "rademacher" else method
     _check(method, max_seconds, directions)
-    exact = check_estimation("diagonal", method, budget, target_error, products_needed(H), METHODS)
+    n = products_needed(H)
+    exact = check_estimation("diagonal", method, budget, target_error, n, METHODS)
+    exact = exact and not (method == "auto" and target_error is not None and n > _FEW)
     open_ended = target_error is not None or max_seconds is not None
     limits = Limits(probes_allowed(budget, 0.0 if open_ended else None), target_error, max_seconds)
     seed = run_seed(seed, checkpoint)

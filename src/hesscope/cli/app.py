@@ -47,7 +47,8 @@ _Estimator = Annotated[
     str,
     typer.Option(
         "--method",
-        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom, sampled or per-sequence; auto chooses by a pilot.",
+        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom, sampled, per-sequence or control-variate; auto "
+        "chooses by a pilot.",
     ),
 ]
 _Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]

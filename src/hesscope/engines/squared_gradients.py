@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesscope.engines.base import parameter_values
 from hesscope.engines.linear_uses import Box, Perturbation, PerturbLinears
+from hesscope.engines.reverse_over_reverse import SavedBytes
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 
@@ -29,8 +30,14 @@ class SquaredGradients:
         values = parameter_values(problem, space)
         self._linear = {name: Perturbation(box, 1, values[name], outputs=True) for name, box in boxes.items()}
         self._whole = {name: p.requires_grad_() for name, p in values.items() if name not in boxes}
-        with torch.enable_grad(), PerturbLinears(self._linear, values):
+        meter = SavedBytes(problem.model.parameters())
+        hooks = torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack)
+        with torch.enable_grad(), hooks, PerturbLinears(self._linear, values):
             self._z = problem.outputs(b, values)
+        for perturbation in self._linear.values():
+            if perturbation.inputs is not None:
+                meter.pack(perturbation.inputs)
+        self.bytes = meter.bytes + self._z.nbytes
 
     @property
     def outputs(self) -> Tensor:

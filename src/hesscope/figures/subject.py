@@ -25,6 +25,7 @@ _METHODS = {
     "nystrom": "cross-fitted Nyström",
     "sampled": "sampled labels",
     "per-sequence": "a probe for every sequence",
+    "control-variate": "the Gauss-Newton matrix as control variate",
     "auto": "automatic choice",
     "hutch++": "Hutch++",
     "xtrace": "XTrace",

@@ -129,6 +129,19 @@ class Operator(ABC):
         """An unbiased draw of the diagonal from a probe for each sequence, as one vector; counted as a product."""
         raise HesscopeError(f"{type(self).__name__} has no probes for single sequences; use products.")
 
+    @property
+    def has_gauss_newton(self) -> bool:
+        """Whether `gauss_newton_product` and `draw_gauss_newton` can be called."""
+        return False
+
+    def gauss_newton_product(self, V: Vectors) -> Vectors:
+        """G times every vector of V, for the Gauss-Newton matrix G beside a Hessian; counted like products of this operator."""
+        raise HesscopeError(f"{type(self).__name__} has no Gauss-Newton matrix beside it; make one with hs.ggn.")
+
+    def draw_gauss_newton(self, seed: int, number: int) -> Vectors:
+        """An unbiased draw of diag(G) that costs less than a product, as one vector; counted as a product."""
+        raise HesscopeError(f"{type(self).__name__} has no Gauss-Newton matrix beside it; make one with hs.ggn.")
+
     def to_dense(self) -> Tensor:
         """The matrix [n, n], by n products; `hesscope.block` gives it labels, symmetry and cost as well.
 

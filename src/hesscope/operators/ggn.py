@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from hesscope.engines import make_output_engine
-from hesscope.losses import SplitLoss, output_hessian_product
 from hesscope.operators.base import Operator
+from hesscope.operators.output_hessian import output_hessian
 from hesscope.operators.risk import CurvatureOfRisk, own_space, with_objective
 from hesscope.problem import Problem
 from hesscope.space import Space
@@ -48,13 +44,6 @@ def ggn(
     """
     space = own_space(problem, space)
     loss = problem.require_split_loss()
-    kept = make_output_engine(engine, _output_hessian)
+    kept = make_output_engine(engine, output_hessian)
     convex = bool(getattr(loss, "convex", False))
     return with_objective(CurvatureOfRisk(problem, space, kept, graph_memory, {"operator": "ggn"}, convex))
-
-
-def _output_hessian(problem: Problem, b: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """u -> H_out u for batch b."""
-    loss: SplitLoss = problem.require_split_loss()
-    batch = problem.on_device(b)
-    return lambda u: output_hessian_product(loss, outputs, batch, u)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 from hesscope.engines import Engine, Linearization
 from hesscope.errors import UnusedParameters
@@ -12,15 +13,34 @@ from hesscope.problem import Problem
 from hesscope.space import Space
 
 
+@dataclass
+class GraphMemory:
+    """Bytes that kept graphs may take together, those of a Hessian and of its Gauss-Newton matrix for instance, and take now."""
+
+    limit: int
+    used: int = 0
+
+    def take(self, wanted: int) -> bool:
+        """Whether so many bytes more fit; then they are taken."""
+        fits = self.used + wanted <= self.limit
+        self.used += wanted if fits else 0
+        return fits
+
+
+def graph_memory_of(problem: Problem, limit: int | None) -> GraphMemory:
+    """So many bytes; half of the free memory for None."""
+    return GraphMemory(available_bytes(problem.device) // 2 if limit is None else limit)
+
+
 class KeptLinearizations:
-    """Builds linearizations and keeps those that fit in `limit` bytes, for as long as the parameters stay the same.
+    """Builds linearizations and keeps those that `memory` has room for, for as long as the parameters stay the same.
 
     The Hessian at fixed parameters is one operator, so a graph that is kept saves a third of every further product.
     """
 
-    def __init__(self, problem: Problem, space: Space, engine: Engine, limit: int | None) -> None:
+    def __init__(self, problem: Problem, space: Space, engine: Engine, memory: GraphMemory) -> None:
         self._problem, self._space, self._engine = problem, space, engine
-        self._limit = available_bytes(problem.device) // 2 if limit is None else limit
+        self._memory = memory
         self._kept: dict[int, Linearization] = {}
         self._bytes = 0
         self._key = state_key(problem.model)
@@ -44,6 +64,7 @@ class KeptLinearizations:
     def drop(self) -> None:
         """Let go of everything that is kept."""
         self._kept.clear()
+        self._memory.used -= self._bytes
         self._bytes = 0
 
     def get(self, b: int) -> tuple[Linearization, bool, bool]:
@@ -55,7 +76,7 @@ class KeptLinearizations:
         if b in self._kept:
             return self._kept[b], False, True
         made = self._engine.linearize(self._problem, b, self._space)
-        keep = self._bytes + made.bytes <= self._limit
+        keep = self._memory.take(made.bytes)
         if keep:
             self._kept[b] = made
             self._bytes += made.bytes

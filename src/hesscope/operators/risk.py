@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hesscope.engines import Auto, Engine
+from hesscope.engines import Auto, Engine, make_output_engine
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.engines.streaming import Streamed
 from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.errors import HesscopeError
 from hesscope.models import named_parameters, state_key
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
-from hesscope.operators.graphs import KeptLinearizations
+from hesscope.operators.graphs import GraphMemory, KeptLinearizations, graph_memory_of
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
+from hesscope.operators.output_hessian import output_hessian
 from hesscope.operators.probed_diagonal import ProbedDiagonal
 from hesscope.operators.sampled import sample
 from hesscope.operators.sampled_diagonal import SampledDiagonal, has_sampled_diagonal
@@ -28,7 +30,7 @@ class CurvatureOfRisk(Operator):
     """(1/N) sum over batches of what the engine gives for a batch's summed loss: its Hessian, GGN or Fisher matrix.
 
     `kind` is the operator's name and settings, for the record of a result. With `microbatch` the loop goes over smaller
-    batches of the same sequences.
+    batches of the same sequences. With `memory` its kept graphs share the room of another operator's.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class CurvatureOfRisk(Operator):
         kind: dict[str, Any],
         positive_semidefinite: bool = False,
         microbatch: int | None = None,
+        memory: GraphMemory | None = None,
     ) -> None:
         super().__init__(space, positive_semidefinite)
         self._kind = kind
@@ -47,12 +50,14 @@ class CurvatureOfRisk(Operator):
         self.engine = engine
         self._microbatch = microbatch
         self._parts = problem if microbatch is None else microbatched(problem, microbatch)
-        self._graphs = KeptLinearizations(self._parts, space, engine, graph_memory)
+        self._memory = graph_memory_of(self._parts, graph_memory) if memory is None else memory
+        self._graphs = KeptLinearizations(self._parts, space, engine, self._memory)
         self._graph_memory = graph_memory
         self._units = 0.0
         self._columns: list[BatchColumns] = []
         self._sampled: SampledDiagonal | None = None
         self._probed: ProbedDiagonal | None = None
+        self._gauss_newton: CurvatureOfRisk | None = None
 
     def _matmat(self, V: Vectors) -> Vectors:
         if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
@@ -123,7 +128,7 @@ class CurvatureOfRisk(Operator):
         if not self.draws_diagonal:
             return super().draw_diagonal(seed, number)
         if self._sampled is None:
-            self._sampled = SampledDiagonal(self._parts, self.space)
+            self._sampled = SampledDiagonal(self._parts, self.space, self._memory)
         self.products += 1
         return self._sampled.draw(seed, number)
 
@@ -135,7 +140,36 @@ class CurvatureOfRisk(Operator):
         if not self.probed_groups:
             return super().probe_diagonal(seed, number)
         self.products += 1
+        if self._gauss_newton is not None:
+            self._gauss_newton.release()
         return self._probes().draw(seed, number)
+
+    @property
+    def has_gauss_newton(self) -> bool:
+        return self._kind["operator"] == "hessian" and has_sampled_diagonal(self.problem)
+
+    def gauss_newton_product(self, V: Vectors) -> Vectors:
+        if not self.has_gauss_newton:
+            return super().gauss_newton_product(V)
+        self.products += vectors.count(V)
+        return self._beside().matmat(V)
+
+    def draw_gauss_newton(self, seed: int, number: int) -> Vectors:
+        if not self.has_gauss_newton:
+            return super().draw_gauss_newton(seed, number)
+        self.products += 1
+        return self._beside().draw_diagonal(seed, number)
+
+    def _beside(self) -> CurvatureOfRisk:
+        """The Gauss-Newton matrix over the same space; graphs of both share the room, those of the Hessian first."""
+        if self._probed is not None:
+            self._probed.drop()
+        if self._gauss_newton is None:
+            engine = make_output_engine(Streamed.name if isinstance(self.engine, Streamed) else "auto", output_hessian)
+            self._gauss_newton = CurvatureOfRisk(
+                self.problem, self.space, engine, self._graph_memory, {"operator": "ggn"}, True, self._microbatch, self._memory
+            )  # fmt: skip
+        return self._gauss_newton
 
     @property
     def _has_probes(self) -> bool:
@@ -151,15 +185,18 @@ class CurvatureOfRisk(Operator):
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""
         self._graphs.drop()
-        if self._probed is not None:
-            self._probed.drop()
+        for draws in (self._probed, self._sampled):
+            if draws is not None:
+                draws.drop()
+        if self._gauss_newton is not None:
+            self._gauss_newton.release()
 
     def _spend(self, b: int, units: float) -> None:
         self._units += units * self._parts.counts[b] / self._parts.N
 
     @property
     def units(self) -> float:
-        draws = sum(made.units for made in (self._sampled, self._probed) if made is not None)
+        draws = sum(made.units for made in (self._sampled, self._probed, self._gauss_newton) if made is not None)
         return self._units + draws + sum(run.units for run in self._columns)
 
     def describe(self) -> dict[str, Any]:
@@ -214,6 +251,30 @@ class CurvatureOfPerplexity(Operator):
         self.products += 1
         perplexity, _, gradient = self._updated()
         draw = self._of_risk.probe_diagonal(seed, number)
+        vectors.add_(draw, vectors.multiply(gradient, gradient))
+        return vectors.scale(draw, perplexity)
+
+    @property
+    def has_gauss_newton(self) -> bool:
+        return self._of_risk.has_gauss_newton
+
+    def gauss_newton_product(self, V: Vectors) -> Vectors:
+        """P (G + g g^T) V: what the perplexity's Hessian differs by from it is P (A - G)."""
+        if not self.has_gauss_newton:
+            return super().gauss_newton_product(V)
+        self.products += vectors.count(V)
+        perplexity, _, gradient = self._updated()
+        product = self._of_risk.gauss_newton_product(V)
+        vectors.add_(product, RankOne(self.space, gradient).matmat(V))
+        return vectors.scale(product, perplexity)
+
+    def draw_gauss_newton(self, seed: int, number: int) -> Vectors:
+        """P times a draw of diag(G), and P g^2, which is known."""
+        if not self.has_gauss_newton:
+            return super().draw_gauss_newton(seed, number)
+        self.products += 1
+        perplexity, _, gradient = self._updated()
+        draw = self._of_risk.draw_gauss_newton(seed, number)
         vectors.add_(draw, vectors.multiply(gradient, gradient))
         return vectors.scale(draw, perplexity)
 

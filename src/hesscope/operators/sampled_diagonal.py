@@ -15,6 +15,7 @@ from hesscope.engines.squared_gradients import SquaredGradients
 from hesscope.losses import CrossEntropyLoss, SamplingLoss, residual
 from hesscope.models import state_key
 from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_uses
+from hesscope.operators.graphs import GraphMemory
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 from hesscope.space.random import stream_key
@@ -25,8 +26,8 @@ _BUILD_UNITS, _DRAW_UNITS = 1.0, 2.0
 class SampledDiagonal:
     """Draws of the diagonal, each with labels of its own."""
 
-    def __init__(self, problem: Problem, space: Space) -> None:
-        self._problem, self._space = problem, space
+    def __init__(self, problem: Problem, space: Space, memory: GraphMemory) -> None:
+        self._problem, self._space, self._memory = problem, space, memory
         self.units = 0.0
         uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
         boxes = boxes_of(space, uses)
@@ -40,7 +41,7 @@ class SampledDiagonal:
             }
             # Where sequences may touch one another, the batch is one of them: that is unbiased, too, with more spread.
             self._apart.append((fits, tokens[0] if tokens else 1))
-        self._graphs: dict[int, SquaredGradients] = {}
+        self._kept: SquaredGradients | None = None
         self._state: object = None
 
     def draw(self, seed: int, number: int) -> Vectors:
@@ -54,16 +55,28 @@ class SampledDiagonal:
             u = residual(problem.require_split_loss(), graph.outputs, labelled)
             graph.add(u, total, 1.0 / problem.N)
             self.units += _DRAW_UNITS * count / problem.N
+            del graph  # one that is not kept goes before the next is built
         return total
 
+    def drop(self) -> None:
+        """Let go of the kept graph."""
+        if self._kept is not None:
+            self._memory.used -= self._kept.bytes
+            self._kept = None
+
     def _graph(self, b: int) -> SquaredGradients:
-        """Batch b's graph; the only batch's is kept, several batches' are built anew for every draw."""
+        """Batch b's graph; the only batch's is kept where there is room, several batches' are built anew for every draw."""
         state = state_key(self._problem.model)
-        if state != self._state or b not in self._graphs:
-            self._graphs = {b: SquaredGradients(self._problem, b, self._space, *self._apart[b])}
+        if state != self._state:
+            self.drop()
             self._state = state
-            self.units += _BUILD_UNITS * self._problem.counts[b] / self._problem.N
-        return self._graphs[b]
+        if self._kept is not None:
+            return self._kept
+        made = SquaredGradients(self._problem, b, self._space, *self._apart[b])
+        self.units += _BUILD_UNITS * self._problem.counts[b] / self._problem.N
+        if len(self._problem.batches) == 1 and self._memory.take(made.bytes):
+            self._kept = made
+        return made
 
 
 def has_sampled_diagonal(problem: Problem) -> bool:

@@ -1,9 +1,11 @@
 """A choice among the estimators, made from a short pilot.
 
 The pilot spends a few probes and a few Krylov directions. The probes tell the variance of a sample, without and with those
-directions: their ratio r is what deflation achieves at once. Where the operator offers draws of its diagonal, a few of them are
-compared with that, by variance times forward passes. Probes of the pilot are not used again, so the choice cannot
-bias what follows; the directions depend on no probe and are kept. Where memory holds few vectors, the pilot has no directions.
+directions: their ratio r is what deflation achieves at once. Where the operator offers draws of its diagonal, a probe for every
+sequence or a Gauss-Newton matrix beside it, a few samples of each are compared with that, by variance times forward passes.
+Probes of the pilot are not used again, so the choice cannot bias what follows; the directions depend on no probe and are kept.
+Where memory holds few vectors, the pilot has no directions. Where a target error is asked for, the estimate is given up for the
+exact diagonal once it is seen to need more than that.
 """
 
 from __future__ import annotations
@@ -12,31 +14,32 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from hesscope.algorithms.budget import FEWEST_PROBES
+from hesscope.algorithms.diagonals.control_variate import PAIR, ControlVariate
 from hesscope.algorithms.diagonals.deflated import BLOCK
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits
-from hesscope.algorithms.diagonals.hutchinson import Hutchinson, add_samples
+from hesscope.algorithms.diagonals.exact import products_needed
+from hesscope.algorithms.diagonals.exhaustive import Exhaustive
+from hesscope.algorithms.diagonals.hutchinson import Hutchinson
 from hesscope.algorithms.diagonals.nystrom import SHARE, Nystrom
 from hesscope.algorithms.diagonals.per_sequence import PerSequence
+from hesscope.algorithms.diagonals.pilot import DIRECTIONS, PROBES, Measured, Pilot, choice, nystrom_leaves, spread
 from hesscope.algorithms.diagonals.sampled import Sampled
-from hesscope.algorithms.diagonals.scheduled import vectors_that_fit
+from hesscope.algorithms.diagonals.scheduled import Scheduled, vectors_that_fit
 from hesscope.algorithms.diagonals.subspace import Subspace
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
-from hesscope.results.statistics import RunningMean
 from hesscope.space import Vectors, vectors
 
-#: The pilot: probes and directions.
-PROBES, DIRECTIONS = 6, 2 * BLOCK
-#: With fewer products a pilot would take too large a part of them, and with still fewer there is nothing to approximate with.
-FEWEST, FEWEST_KEPT = 60, 16
-#: Below this gain Hutchinson's estimator is preferred, whose samples are independent.
-_WORTH = 0.97
-_PACE = 1.4
+#: With fewer products a pilot would take too large a part of them, and with still fewer there is nothing to approximate with;
+#: with fewer than the last no control variate is tried, which takes a dozen.
+FEWEST, FEWEST_KEPT, FEWEST_CONTROLLED = 60, 16, 100
 
 _OTHERS: dict[str, Callable[[Operator, Limits, int], Estimator]] = {
     "hutchinson": Hutchinson,
     "sampled": Sampled,
     "per-sequence": PerSequence,
+    "exact": Exhaustive,
 }
 
 
@@ -51,7 +54,7 @@ class Automatic(Estimator):
         self._chosen: Estimator | None = None
         self._why: dict[str, Any] = {}
         self._lean = vectors_that_fit(H) < 4 * (limits.products if limits.fixed else FEWEST)
-        if self._lean and (limits.products < FEWEST or H.probed_groups < 2):
+        if self._lean and (limits.products < FEWEST or not (H.probed_groups > 1 or H.has_gauss_newton)):
             self._follow("hutchinson", "the free memory")
         elif limits.products < FEWEST:
             few = "nystrom" if limits.products >= FEWEST_KEPT else "hutchinson"
@@ -71,12 +74,22 @@ class Automatic(Estimator):
 
     def step(self) -> None:
         if self._chosen is None:
-            self._pilot()
+            before = self._H.products
+            chosen = self._pilot()
+            self.spent += self._H.products - before
+            self._follow(**chosen)
             return
         before = self._chosen.spent
         self._chosen.step()
         self.spent += self._chosen.spent - before
         self.expected = self._why["pilot_products"] + self._chosen.expected
+        if self._give_up():
+            tried = {
+                "method": "exact",
+                "reason": f"a pilot and {self._chosen.probes} samples",
+                "pilot_products": self.spent,
+            }
+            self._follow(**self._why | tried)
 
     def estimate(self) -> Estimate:
         assert self._chosen is not None
@@ -87,42 +100,76 @@ class Automatic(Estimator):
     def note(self) -> str:
         return self._chosen.note() if self._chosen else "pilot"
 
-    def _pilot(self) -> None:
-        """Measure and choose."""
+    def _pilot(self) -> dict[str, Any]:
+        """Measure and choose; returns what `_follow` takes."""
+        pilot = Pilot(self._H, self._seed)
         if self._lean:
-            plain, each = self._measured(self._product_with_a_probe)
-            self._choose("hutchinson", plain, plain * each, "the free memory and a pilot")
-            return
-        units = self._H.units
+            plain = pilot.hutchinson()
+            return self._best(
+                pilot, plain, {"method": "hutchinson", "reason": "the free memory and a pilot"}, plain.cost
+            )
         Z = self._H.space.rademacher(self._seed, [f"pilot/{i}" for i in range(PROBES)])
-        AZ = self._multiply(Z)
-        each = (self._H.units - units) / PROBES
-        while self._space.q < DIRECTIONS and (added := self._space.extend_krylov(BLOCK, self._seed, "krylov")):
-            self.spent += added
+        AZ = self._H.matmat(Z)
+        require_finite(self._H, AZ)
+        units, products = self._H.units, self._H.products  # the graphs are built
+        while self._space.q < DIRECTIONS and self._space.extend_krylov(BLOCK, self._seed, "krylov"):
+            pass
+        passes = (self._H.units - units) / max(self._H.products - products, 1)
         samples = vectors.multiply(Z, AZ)
-        plain, deflated = spread(samples), spread(vectors.multiply(Z, self._space.residual(Z, AZ)))
-        ratio = deflated / plain if plain > 0 else 1.0
+        plain, deflated = Measured(spread(samples), passes), spread(vectors.multiply(Z, self._space.residual(Z, AZ)))
+        ratio = deflated / plain.variance if plain.variance > 0 else 1.0
         share = choice(ratio, self._limits.products)
+        why = {"reason": "a pilot", "ratio": ratio, "share": share}
         if self._H.draws_diagonal:
-            variance, passes = self._measured(lambda i: self._H.draw_diagonal(self._seed, -1 - i))
-            if variance * passes < deflated * each:
-                self._follow("sampled", "a pilot", ratio)
-                return
-        leaves = 1.0 if share is None else self._nystrom_leaves(ratio, samples, plain)
-        name = "hutchinson" if share is None else "nystrom"
-        self._choose(name, plain, plain * leaves * each, "a pilot", ratio, share)
+            draws = pilot.sampled()
+            if draws.cost < deflated * passes:
+                return why | {"method": "sampled", "share": None, "exact_costs": self._exact_costs(plain, draws)}
+        leaves = 1.0 if share is None else self._nystrom_leaves(ratio, samples, plain.variance)
+        why["method"] = "hutchinson" if share is None else "nystrom"
+        return self._best(pilot, plain, why, plain.cost * leaves, (Z, AZ))
 
-    def _choose(
-        self, other: str, plain: float, cost: float, reason: str, ratio: float | None = None, share: float | None = None
-    ) -> None:
-        """A probe a sequence where its variance times forward passes is below that of the other estimator."""
-        gain = None
+    def _best(
+        self,
+        pilot: Pilot,
+        plain: Measured,
+        why: dict[str, Any],
+        least: float,
+        known: tuple[Vectors, Vectors] | None = None,
+    ) -> dict[str, Any]:
+        """The estimator so far, whose variance times forward passes is `least`, or one whose is below that."""
         if self._H.probed_groups > 1:
-            variance, passes = self._measured(lambda i: self._H.probe_diagonal(self._seed, -1 - i))
-            gain = plain / variance if variance > 0 else math.inf
-            if variance * passes < cost:
-                other, share = "per-sequence", None
-        self._follow(other, reason, ratio, share, gain)
+            found = pilot.per_sequence()
+            why["per_sequence_gain"] = plain.variance / found.variance if found.variance > 0 else math.inf
+            if found.cost < least:
+                least = found.cost
+                why |= {"method": "per-sequence", "share": None, "exact_costs": self._exact_costs(plain, found)}
+        if self._H.has_gauss_newton and self._limits.products >= FEWEST_CONTROLLED:
+            controlled = pilot.control_variate(least, plain, known)
+            if controlled is not None:
+                found, labels = controlled
+                why |= {"method": "control-variate", "share": None, "labels": labels}
+                why |= {"control_variate_gain": plain.cost / found.cost if found.cost > 0 else math.inf}
+                why |= {"exact_costs": self._exact_costs(plain, found, PAIR + labels)}
+        return why
+
+    def _exact_costs(self, plain: Measured, found: Measured, products: int = 1) -> float:
+        """Forward passes of the exact diagonal, in those of a product of the estimator found."""
+        return products_needed(self._H) * plain.passes * products / found.passes
+
+    def _give_up(self) -> bool:
+        """Whether the target is seen to cost more products than the exact diagonal, which the budget still allows."""
+        assert self._chosen is not None
+        target, n = self._limits.target, products_needed(self._H)
+        if target is None or self._limits.seconds is not None or n > self._limits.products - self.spent:
+            return False
+        if self._chosen.probes < FEWEST_PROBES:
+            return False
+        excess = max(self._chosen.error / target, 1.0)
+        if isinstance(self._chosen, Scheduled):  # which foresees its end by itself, once it has an error
+            remaining = float(self._chosen.expected - self._chosen.spent) if math.isfinite(excess) else 0.0
+        else:
+            remaining = self._chosen.spent * (excess**2 - 1)
+        return bool(remaining > self._why.get("exact_costs", n))
 
     def _nystrom_leaves(self, ratio: float, samples: Vectors, plain: float) -> float:
         """The part of Hutchinson's squared error that is expected with as many products as the target needs."""
@@ -135,76 +182,32 @@ class Automatic(Estimator):
             needed = min(math.ceil(1.1 * needed), products)
         return nystrom_leaves(ratio, needed)
 
-    def _product_with_a_probe(self, i: int) -> Vectors:
-        z = self._H.space.rademacher(self._seed, [f"pilot/{i}"])
-        self.spent -= 1  # counted with the other samples
-        return vectors.multiply(z, self._multiply(z))
-
-    def _measured(self, sample: Callable[[int], Vectors]) -> tuple[float, float]:
-        """The variance of a sample, summed over the entries, and the forward passes that it takes."""
-        units, mean = self._H.units, RunningMean()
-        for i in range(PROBES):
-            found = sample(i)
-            require_finite(self._H, found)
-            add_samples(mean, found)
-        self.spent += PROBES
-        variance = sum(float(x.double().sum()) for x in mean.squares.values()) / (PROBES - 1)
-        return variance, (self._H.units - units) / PROBES
-
-    def _follow(
-        self,
-        name: str,
-        reason: str,
-        ratio: float | None = None,
-        share: float | None = None,
-        gain: float | None = None,
-    ) -> None:
-        limits = self._limits.after(self.spent)
-        self._why = {"method": name, "reason": reason, "pilot_products": self.spent, "ratio": ratio, "share": share}
-        self._why |= {} if gain is None else {"per_sequence_gain": gain}
-        if name == "nystrom":
-            kept = SHARE if share is None else share
-            self._chosen = Nystrom(self._H, limits, self._seed, kept, self._space)
-        else:
-            self._space = Subspace(self._H)
-            self._chosen = _OTHERS[name](self._H, limits, self._seed)
-
     def own_state(self) -> dict[str, Any]:
         return {"why": self._why, "space": self._space.state(), "chosen": self._chosen and self._chosen.state()}
 
     def restore_own(self, state: dict[str, Any]) -> None:
-        spent, why = self.spent, state["why"]
         self._space.restore(state["space"])
+        self._why = state["why"]
         if state["chosen"] is not None:
-            self.spent = why["pilot_products"]
-            self._follow(why["method"], why["reason"], why["ratio"], why["share"], why.get("per_sequence_gain"))
+            self._begin()
             assert self._chosen is not None
             self._chosen.restore(state["chosen"])
-        self.spent = spent
 
+    def _follow(self, method: str, reason: str, **measured: Any) -> None:
+        """Begin with the estimator of that name; what was measured is kept with it."""
+        none = {"pilot_products": self.spent, "ratio": None, "share": None}
+        self._why = {"method": method, "reason": reason} | none | measured
+        self._begin()
 
-def choice(ratio: float, products: int) -> float | None:
-    """The share of Krylov directions in what follows, or None for Hutchinson's estimator.
-
-    Deflation by q directions is expected to leave r^sqrt(q / 8) of the variance, for each further direction removes less; it
-    has to leave less than the share of products that remain for probes.
-    """
-    if ratio > _WORTH:
-        return None
-    expected = ratio ** math.sqrt(SHARE * products / DIRECTIONS)
-    return SHARE if expected < 1.0 - SHARE else 0.0
-
-
-def nystrom_leaves(ratio: float, products: int) -> float:
-    """The part of Hutchinson's squared error that a Nystrom estimate with so many products is expected to have.
-
-    r^(1.4 sqrt(p / 8)), a fit: on five whole layers of one trained model, with 100 and 300 products, what the estimates
-    stated was within a factor of four of it, and 0.97 times it in the geometric mean.
-    """
-    return float(ratio ** (_PACE * math.sqrt(products / DIRECTIONS)))
-
-
-def spread(samples: Vectors) -> float:
-    """The variance of the samples, summed over the entries."""
-    squares = sum(float((x - x.mean(0)).double().square().sum()) for x in samples.values())
-    return squares / (vectors.count(samples) - 1)
+    def _begin(self) -> None:
+        why = self._why
+        limits, method = self._limits.after(why["pilot_products"]), why["method"]
+        if method == "nystrom":
+            kept = SHARE if why["share"] is None else why["share"]
+            self._chosen = Nystrom(self._H, limits, self._seed, kept, self._space)
+            return
+        self._space = Subspace(self._H)
+        if method == "control-variate":
+            self._chosen = ControlVariate(self._H, limits, self._seed, why["labels"])
+        else:
+            self._chosen = _OTHERS[method](self._H, limits, self._seed)

@@ -1,6 +1,6 @@
 """The mean of independent draws of the diagonal that the operator offers; the error is their own, with m - 1 degrees of freedom.
 
-A draw counts as one product, though it may cost less or more: see the forward passes.
+A draw counts as one product, or as `least`, though it may cost less or more: see the forward passes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Drawn(Estimator):
         draw = self.draw(self.probes)
         require_finite(self._H, draw)
         self._samples.add(draw)
-        self.spent += 1
+        self.spent += self.least
 
     def estimate(self) -> Estimate:
         entries, record = self._samples.entries, {"draws": self.probes} | self.record() | self._samples.record()

@@ -65,6 +65,9 @@ class Limits:
 class Estimator(Iteration):
     """An estimate under way. A subclass says what a step does, how many probes went into it and what it has found."""
 
+    #: Products of the smallest step.
+    least: int = 1
+
     def __init__(self, H: Operator, limits: Limits, seed: int) -> None:
         self._H, self._limits, self._seed = H, limits, seed
         self.expected = limits.products
@@ -88,7 +91,7 @@ class Estimator(Iteration):
 
     @property
     def done(self) -> bool:
-        if self.spent >= self._limits.products:
+        if self.spent + self.least > self._limits.products:
             return True
         if self._late and self.probes >= 2:
             return True
