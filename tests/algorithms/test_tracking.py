@@ -138,7 +138,7 @@ def test_what_is_done_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_another_runs_eigenpairs_are_not_taken(tmp_path: Path) -> None:
     run(tmp_path)
-    for more in ({"k": 1}, {"seed": 1}, {"tol": 1e-5}, {"seeds": "102"}):
+    for more in ({"k": 1}, {"seed": 1}, {"tol": 1e-5}, {"seeds": "102"}, {"max_basis": 5}):
         with pytest.raises(hs.HesscopeError, match="holds another run"):
             run(tmp_path, **more)
     assert run(tmp_path, k=1, restart=True).eigenvalues.shape == (3, 1)

@@ -215,6 +215,34 @@ def test_the_preconditioned_operator_is_written_out() -> None:
         torch.testing.assert_close(preconditioned(H, optimizer, net).to_dense(), expected, rtol=1e-12, atol=0)
 
 
+def test_what_adam_has_never_moved_is_left_out() -> None:
+    """A row of an embedding that training has not seen has v = 0; with D = eps there it would drown everything else."""
+    net = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1)).double()
+    seen = [(torch.tensor([0, 1]), torch.randn(2, 1).double())]
+    everything = [(torch.tensor([0, 1, 2]), torch.randn(3, 1).double())]
+    trained, probed = hs.supervised(net, seen, loss="mse"), hs.supervised(net, everything, loss="mse")
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    H = hs.hessian(probed)
+    assert not preconditioned(H, optimizer, net).to_dense().any()  # no step yet
+    trained.loss.total(net, trained.batches[0])[0].backward()
+    optimizer.step()
+    A = preconditioned(H, optimizer, net).to_dense()
+    unseen = [i for i, label in enumerate(H.space.labels) if label.startswith("0.weight[2,")]
+    assert H.to_dense()[unseen].any()
+    assert not A[unseen].any()
+    assert 0 < float(torch.linalg.eigvalsh(A).max()) < 1e4
+
+
+def test_another_state_than_adams_is_refused() -> None:
+    net = nn.Linear(2, 1).double()
+    problem = hs.supervised(net, [(torch.randn(4, 2).double(), torch.randn(4, 1).double())], loss="mse")
+    optimizer = torch.optim.Adamax(net.parameters(), lr=0.01)
+    problem.loss.total(net, problem.batches[0])[0].backward()
+    optimizer.step()
+    with pytest.raises(hs.HesscopeError, match="Expected the optimizer to keep Adam's exp_avg_sq and step for weight"):
+        preconditioned(hs.hessian(problem), optimizer, net)
+
+
 # ---- what goes wrong
 
 

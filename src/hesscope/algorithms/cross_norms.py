@@ -16,6 +16,7 @@ from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
 from hesscope.operators.chunks import chunk_size
 from hesscope.space import Space, Vectors
+from hesscope.space.sums import squares
 
 #: Random streams of the sign vectors: those of a density's start vectors, so that both speak of the same vectors.
 STREAM = "density/{}"
@@ -59,8 +60,7 @@ class CrossNorms(Iteration):
         """|(A z)_g|^2 for every vector and group, [K, G]."""
         columns = torch.zeros(len(self._parts), next(iter(Az.values())).shape[0], dtype=torch.float64)
         for name, part in Az.items():
-            norms = torch.linalg.vector_norm(part.reshape(len(part), -1), dim=1)
-            columns[self._group[name]] += norms.to("cpu", torch.float64) ** 2
+            columns[self._group[name]] += squares(part.reshape(len(part), -1)).to("cpu")
         return columns.T
 
     def state(self) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class _Kept:
 
     def _found(self, folder: Path, H: Operator, wanted: dict[str, Any]) -> Eigenpairs:
         pairs = load(folder)
-        options = {key: wanted[key] for key in ("k", "which", "tol", "max_products", "seed")}
+        options = {key: wanted.get(key, default) for key, default in _OPTIONS.items()}
         options |= {"start": start_digest(start_vectors(H, wanted.get("start")))}
         if not isinstance(pairs, Eigenpairs) or _identity(pairs.provenance) != _identity(provenance(H, options)):
             raise HesscopeError(
@@ -116,6 +116,13 @@ class _Kept:
         return pairs
 
 
+#: What decides the numbers of a search, with the defaults of `eigs`.
+_OPTIONS: dict[str, Any] = {
+    "k": 6, "which": "LM", "tol": 1e-3, "max_products": None, "seed": 0, "max_basis": None, "method": "lanczos", "momentum": 0.0,
+    "batches": None,
+}  # fmt: skip
+
+
 def slug(name: str) -> str:
     """A name as that of a folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "checkpoint"
@@ -124,7 +131,7 @@ def slug(name: str) -> str:
 def _identity(made: dict[str, Any]) -> Any:
     """What decides the numbers of a search."""
     problem, operator, options = (made.get(key) or {} for key in ("problem", "operator", "options"))
-    kept = {name: options.get(name) for name in ("k", "which", "tol", "max_products", "seed", "start")}
+    kept = {name: options.get(name, default) for name, default in (_OPTIONS | {"start": None}).items()}
     return jsonable([problem.get("fingerprint"), made.get("selection"), operator.get("operator"), operator.get("engine"), kept])  # fmt: skip
 
 

@@ -33,23 +33,35 @@ def preconditioned(H: Operator, optimizer: Any, model: nn.Module) -> Operator:
 
     Its largest eigenvalue is that of D^(-1) H, the preconditioned sharpness of Cohen et al. (2022, "Adaptive gradient
     methods at the edge of stability"), without their factor 1 - beta_1^t, which tends to one. With `amsgrad` v is the
-    largest so far. A parameter that has made no step has v = 0.
+    largest so far.
+
+    Where v is exactly zero the gradient always was: Adam has never moved that weight (of a token not seen yet, say) and does not
+    now. Such weights are left out, or they would count 1 / eps times their curvature.
+
+    Raises HesscopeError where the optimizer keeps another state than Adam's.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     parameters = named_parameters(model)
     scales = {}
     for c in H.space.coordinates:
         p = parameters[c.name]
-        root = _root(optimizer.state.get(p, {}), group_of[id(p)], p)
-        scales[c.name] = c.gather(root).to(H.dtype).rsqrt()[None]
+        scale = _scale(optimizer.state.get(p, {}), group_of[id(p)], p, c.name)
+        scales[c.name] = c.gather(scale).to(H.dtype)[None]
     return DiagonalCongruence(H, scales)
 
 
-def _root(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
-    """sqrt(v_hat) + eps, shaped like the parameter."""
+def _scale(state: dict[str, Any], group: dict[str, Any], p: Tensor, name: str) -> Tensor:
+    """(sqrt(v_hat) + eps)^(-1/2), shaped like the parameter, in float32 at least; zero where v is."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if not state:
+        return torch.zeros_like(p, dtype=wide, requires_grad=False)
     v = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
-    if v is None:
-        return torch.full_like(p, float(group["eps"]), requires_grad=False)
+    if v is None or "step" not in state:
+        raise HesscopeError(
+            f"Expected the optimizer to keep Adam's exp_avg_sq and step for {name}, found {', '.join(map(str, state))}; leave "
+            "preconditioned out."
+        )
     correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-    root: Tensor = (v.detach().to(p.dtype) / correction).sqrt() + float(group["eps"])
-    return root
+    v = v.detach().to(wide)
+    scale: Tensor = ((v / correction).sqrt() + float(group["eps"])).rsqrt()
+    return scale.masked_fill(v == 0, 0.0)

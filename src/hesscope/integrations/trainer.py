@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -102,7 +103,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         try:
             with undisturbed(self._model):
                 found = self._measure(self._H, self._model, of_trainer.get("optimizer"))
-        except HesscopeError as error:
+        except (HesscopeError, torch.OutOfMemoryError) as error:
             warnings.warn(f"No curvature at step {state.global_step}: {error}", HesscopeWarning, stacklevel=2)
             return
         finally:

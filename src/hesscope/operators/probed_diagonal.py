@@ -110,7 +110,7 @@ class ProbedDiagonal:
             leak = made.leak(self._probes(fits, seed, "leak", range(first, first + sequences)))
             self.units += PROBE_UNITS * self._problem.counts[b] / self._problem.N
             self._checked = True
-            if leak > _ROUNDINGS * self._space.rounding:
+            if leak > min(_ROUNDINGS * self._space.rounding, 1e-3):
                 self._plans = [(fits, 1) for fits, _ in self._plans]
                 made = self._built(b)
         if made.bytes + sum(graph.bytes for graph in self._graphs.values()) <= self._limit:

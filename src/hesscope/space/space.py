@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
-from hesscope.space import random, vectors
+from hesscope.space import random, sums, vectors
 from hesscope.space.coordinates import Coordinates
 from hesscope.space.vectors import Vectors
-
-#: Entries that are summed in the vectors' own dtype: products by matrix multiplication, which sums in many places, and
-#: norms, which torch sums one by one.
-_PIECE, _NORM_PIECE = 2**15, 2**12
 
 
 class Space:
@@ -158,14 +154,14 @@ class Space:
         """All inner products <u_k, v_l>, a [K, L] float64 tensor on the CPU."""
         total = torch.zeros(vectors.count(U), vectors.count(V), dtype=torch.float64)
         for c in self.coordinates:
-            total += _products(_rows(c, U), _rows(c, V)).to("cpu", torch.float64)
+            total += sums.products(_rows(c, U), _rows(c, V)).to("cpu", torch.float64)
         return total
 
     def norms(self, V: Vectors) -> Tensor:
         """Euclidean norms, [K] float64."""
         squares = torch.zeros(vectors.count(V), dtype=torch.float64)
         for c in self.coordinates:
-            squares += _squares(_rows(c, V)).to("cpu", torch.float64)
+            squares += sums.squares(_rows(c, V)).to("cpu", torch.float64)
         return squares.sqrt()
 
     def combine(self, V: Vectors, weights_KL: Tensor) -> Vectors:
@@ -209,29 +205,6 @@ class Space:
 def _rows(c: Coordinates, V: Vectors) -> Tensor:
     """One parameter's part of V as a matrix, [K, size]; a scalar parameter's part has no axis to flatten."""
     return V[c.name].reshape(-1, c.size)
-
-
-def _products(u_Kn: Tensor, v_Ln: Tensor) -> Tensor:
-    """All inner products, [K, L] float64: pieces in the vectors' own dtype, summed in float64.
-
-    A float32 sum over some million entries has lost four digits, and over a billion it has stopped growing.
-    """
-    n = u_Kn.shape[1]
-    whole = n - n % _PIECE
-    u_PKc = u_Kn[:, :whole].reshape(len(u_Kn), whole // _PIECE, _PIECE).transpose(0, 1)
-    v_PcL = v_Ln[:, :whole].reshape(len(v_Ln), whole // _PIECE, _PIECE).permute(1, 2, 0)
-    rest = u_Kn[:, whole:] @ v_Ln[:, whole:].T
-    return torch.bmm(u_PKc, v_PcL).double().sum(0) + rest.double()
-
-
-def _squares(v_Kn: Tensor) -> Tensor:
-    """Squared norms, [K] float64, summed as `_products` does."""
-    n = v_Kn.shape[1]
-    whole = n - n % _NORM_PIECE
-    pieces_KP = torch.linalg.vector_norm(v_Kn[:, :whole].reshape(len(v_Kn), whole // _NORM_PIECE, _NORM_PIECE), dim=2)
-    rest_K = torch.linalg.vector_norm(v_Kn[:, whole:], dim=1)
-    total: Tensor = pieces_KP.double().square().sum(1) + rest_K.double().square()
-    return total
 
 
 def flat_space(size: int, dtype: torch.dtype, device: torch.device) -> Space:
