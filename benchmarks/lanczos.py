@@ -4,8 +4,7 @@
 
 All parameters, one batch of 4 sequences of 256 random tokens, float32, full reorthogonalisation, one start vector, the
 mathematical form of SDPA on both sides. Each side runs in a fresh process. hesscope goes over microbatches of one
-sequence, which changes no number and bounds what a product holds beside the kept graphs; `graph_memory` says how much of
-these it keeps.
+sequence, which changes no number and bounds what a product holds beside the kept graphs.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 STEPS = 10
-#: hesscope's side by name: sequences in a microbatch, and bytes of kept graphs (None: what half of the free memory holds).
+#: hesscope's sides by name: sequences in a microbatch, and bytes of kept graphs (None: what half of the free memory holds).
 OURS: dict[str, tuple[int | None, int | None]] = {
     "hesscope, as it is": (None, None),
     "hesscope, microbatch=1": (1, None),
-    "hesscope, microbatch=1, graph_memory=1.2e9": (1, 1_200_000_000),
 }
 THEIRS = "hessian-eigenthings"
 
