@@ -20,19 +20,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 SIDES = ("gradient", "hessian-eigenthings", "hesscope", "hesscope, nothing kept")
 
 
-def make_model() -> nn.Module:
-    """Width 512, 8 blocks, vocabulary 8192, tied: 29.5 million parameters."""
+def make_model(length: int = 256, vocabulary: int = 8192) -> nn.Module:
+    """Width 512, 8 blocks, tied: 29.5 million parameters with a vocabulary of 8192."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192,
+        vocab_size=vocabulary,
         hidden_size=512,
         intermediate_size=1376,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=8,
-        max_position_embeddings=256,
+        max_position_embeddings=length,
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()

@@ -14,36 +14,13 @@ import json
 from typing import Any
 
 import torch
+from hessian_product import make_model, mean_loss
 from measuring import in_fresh_process, median, peak_bytes, reset_peak, seconds, write_record
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 THEIRS = "hessian-eigenthings"
 SIDES = ("gradient", THEIRS, "streamed", "reverse-over-reverse, nothing kept")
-
-
-def make_model(length: int, vocabulary: int) -> nn.Module:
-    """Width 512, 8 blocks, tied: 29.5 million parameters with a vocabulary of 8192."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The same loss for the sides that are not hesscope."""
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def run_side(side: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -117,6 +117,27 @@ def boxes_of(space: Space, uses: list[dict[str, list[Use] | None]]) -> dict[str,
     return found
 
 
+def taken_apart(
+    problem: Problem, space: Space, takes: Callable[[str, Box], bool] = lambda name, box: True
+) -> list[tuple[dict[str, Box], int]]:
+    """For every batch: the weights whose linear layers see each position of it once, and its number of sequences.
+
+    Where sequences may touch one another, the batch is one of them: what draws make of that is unbiased, too, with more spread.
+    """
+    uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
+    boxes = {name: box for name, box in boxes_of(space, uses).items() if takes(name, box)}
+    found = []
+    for b, used in enumerate(uses):
+        tokens = sequences_and_length(problem, b)
+        fits = {
+            name: box
+            for name, box in boxes.items()
+            if len(used[name] or ()) == 1 and (tokens is None or receives_every_position(box, used[name], tokens))
+        }
+        found.append((fits, tokens[0] if tokens else 1))
+    return found
+
+
 def plan_batch(
     problem: Problem,
     b: int,

@@ -16,7 +16,7 @@ from hesscope.engines.linear_uses import Box
 from hesscope.engines.sequence_probes import RankOne, SequenceProbes
 from hesscope.memory import available_bytes
 from hesscope.models import state_key
-from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_uses
+from hesscope.operators.batch_plan import sequences_and_length, taken_apart
 from hesscope.operators.graphs import warn_of_unused
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
@@ -36,19 +36,8 @@ class ProbedDiagonal:
     ) -> None:
         self._problem, self._space, self._make_room = problem, space, make_room
         self._limit = available_bytes(problem.device) // 2 if limit is None else limit
-        uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
         self.units, self._looked = 0.0, 1.0  # the look at the layers is paid for by the first draw
-        boxes = {name: box for name, box in boxes_of(space, uses).items() if _is_full(space, box, name)}
-        self._plans: list[tuple[dict[str, Box], int]] = []
-        for b, used in enumerate(uses):
-            tokens = sequences_and_length(problem, b)
-            fits = {
-                name: box
-                for name, box in boxes.items()
-                if len(used[name] or ()) == 1 and (tokens is None or receives_every_position(box, used[name], tokens))
-            }
-            # Where sequences may touch one another, the batch is one of them: that is unbiased, too, with more spread.
-            self._plans.append((fits, tokens[0] if tokens else 1))
+        self._plans = taken_apart(problem, space, lambda name, box: _is_full(space, box, name))
         self._checked = all(sequences == 1 for _, sequences in self._plans)
         self._graphs: dict[int, SequenceProbes] = {}
         self._state: object = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from hesscope.engines.squared_gradients import SquaredGradients
 from hesscope.losses import CrossEntropyLoss, SamplingLoss, residual
 from hesscope.models import state_key
-from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_uses
+from hesscope.operators.batch_plan import taken_apart
 from hesscope.operators.graphs import GraphMemory
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
@@ -29,18 +29,7 @@ class SampledDiagonal:
     def __init__(self, problem: Problem, space: Space, memory: GraphMemory) -> None:
         self._problem, self._space, self._memory = problem, space, memory
         self.units = 0.0
-        uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
-        boxes = boxes_of(space, uses)
-        self._apart = []
-        for b, used in enumerate(uses):
-            tokens = sequences_and_length(problem, b)
-            fits = {
-                name: box
-                for name, box in boxes.items()
-                if len(used[name] or ()) == 1 and (tokens is None or receives_every_position(box, used[name], tokens))
-            }
-            # Where sequences may touch one another, the batch is one of them: that is unbiased, too, with more spread.
-            self._apart.append((fits, tokens[0] if tokens else 1))
+        self._apart = taken_apart(problem, space)
         self._kept: SquaredGradients | None = None
         self._state: object = None
 

@@ -23,6 +23,9 @@ TITLES = {
     "ekfac": "EKFAC",
 }
 
+#: What is known of each approximation, a number each.
+COLUMNS = ("kept", "errors", "scales", "scaled_errors", "cosines", "diagonal_errors", "forward_passes", "own_seconds")
+
 
 @dataclass(frozen=True, eq=False)
 class Approximations(Result):
@@ -69,17 +72,7 @@ class Approximations(Result):
     def row(self, name: str) -> dict[str, float]:
         """Everything that is known of one approximation."""
         i = self.names.index(name)
-        columns = (
-            "kept",
-            "errors",
-            "scales",
-            "scaled_errors",
-            "cosines",
-            "diagonal_errors",
-            "forward_passes",
-            "own_seconds",
-        )
-        return {column: float(getattr(self, column)[i]) for column in columns} | {"numbers": float(self.numbers[i])}
+        return {column: float(getattr(self, column)[i]) for column in COLUMNS} | {"numbers": float(self.numbers[i])}
 
     def error(self) -> dict[str, Any]:
         return dict(zip(self.names, self.errors.tolist(), strict=True))

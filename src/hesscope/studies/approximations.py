@@ -20,7 +20,7 @@ from hesscope.operators import Operator, fisher, ggn, kfac
 from hesscope.operators.kfac import KroneckerFactored
 from hesscope.problem import Problem
 from hesscope.results import Approximations, Block
-from hesscope.results.approximations import TITLES, inside
+from hesscope.results.approximations import COLUMNS, TITLES, inside
 
 #: The parts of the exact block: A inside the groups of its coordinates and zero elsewhere.
 _PARTS: dict[str, Callable[[Membership], Tensor]] = {
@@ -180,16 +180,6 @@ class _Table:
         def column(key: str) -> Tensor:
             return torch.tensor([row[key] for row in self.rows.values()], dtype=torch.float64)
 
-        columns = (
-            "kept",
-            "errors",
-            "scales",
-            "scaled_errors",
-            "cosines",
-            "diagonal_errors",
-            "forward_passes",
-            "own_seconds",
-        )
         return Approximations(
             products=self.exact.products + self.products,
             units=self.exact.units + self.units,
@@ -204,7 +194,7 @@ class _Table:
             matrices=self.matrices,
             numbers=[int(row["numbers"]) for row in self.rows.values()],
             skipped={TITLES.get(name, name): why for name, why in self.skipped.items()},
-            **{key: column(key) for key in columns},
+            **{key: column(key) for key in COLUMNS},
         )
 
 
