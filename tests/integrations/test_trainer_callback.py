@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import hesscope as hs
-from hesscope.integrations.adam import preconditioned
+from hesscope.integrations.adam import left_out, preconditioned
 
 pytest.importorskip(
     "accelerate", reason="the Trainer of transformers needs accelerate: pip install 'hesscope[trainer]'"
@@ -231,6 +231,24 @@ def test_what_adam_has_never_moved_is_left_out() -> None:
     assert H.to_dense()[unseen].any()
     assert not A[unseen].any()
     assert 0 < float(torch.linalg.eigvalsh(A).max()) < 1e4
+    assert left_out(preconditioned(H, optimizer, net)) == len(unseen) == 2
+    state = type("State", (), {"global_step": 2, "epoch": 0.5, "log_history": []})
+    own = hs.CurvatureCallback(lambda _: probed, every=2, max_products=4, trace_probes=0, preconditioned=True)
+    own.on_train_begin(None, state, None, model=net, optimizer=optimizer)
+    own.on_step_end(None, state, None, model=net, optimizer=optimizer)
+    assert state.log_history[0]["curvature/preconditioned_left_out"] == 2
+
+
+def test_scales_of_bfloat16_parameters_are_computed_in_float32() -> None:
+    net = nn.Linear(2, 1).bfloat16()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, eps=1e-3)
+    net(torch.tensor([[1.0, 2.0]]).bfloat16()).sum().backward()
+    optimizer.step()
+    problem = hs.supervised(net, [(torch.ones(1, 2).bfloat16(), torch.ones(1, 1).bfloat16())], loss="mse")
+    found = preconditioned(hs.hessian(problem, hs.select(problem, "weight")), optimizer, net).scales["weight"]
+    state = optimizer.state[net.weight]
+    expected = ((state["exp_avg_sq"].double() / (1 - 0.999 ** int(state["step"]))).sqrt() + 1e-3).rsqrt()
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_another_state_than_adams_is_refused() -> None:

@@ -14,7 +14,7 @@ from hesscope.algorithms.basis import Home
 from hesscope.algorithms.eigs import Search, basis_capacity
 from hesscope.algorithms.traces import Hutchinson
 from hesscope.errors import HesscopeError, HesscopeWarning
-from hesscope.integrations.adam import preconditioned, require_adam
+from hesscope.integrations.adam import left_out, preconditioned, require_adam
 from hesscope.integrations.quiet import undisturbed
 from hesscope.operators import PROBLEM_OPERATORS, Operator
 from hesscope.problem import Problem, causal_lm, select
@@ -27,7 +27,8 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     Every `every` steps, on the same probe batches: `curvature/sharpness`, the largest eigenvalue, with its measured
     `curvature/sharpness_residual` |H v - lambda v|; `curvature/trace` with `curvature/trace_standard_error`; and with
     `preconditioned=True` `curvature/preconditioned_sharpness`, that of D^(-1/2) H D^(-1/2) with D = sqrt(v_hat) + eps of
-    Adam's state, and its residual. Each search starts from the eigenvectors of the time before. The numbers are those
+    Adam's state, its residual, and `curvature/preconditioned_left_out`, how many weights it leaves out since their v is 0:
+    those that Adam has not moved. Each search starts from the eigenvectors of the time before. The numbers are those
     without dropout. Training itself is not touched: its weights come out bit for bit as without the callback.
 
     `attach(trainer)` adds the callback and sends the numbers through the trainer's own log, so that they are in
@@ -135,7 +136,8 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         products = H.products
         found = self._largest(H, "sharpness")
         if self._preconditioned:
-            found |= self._largest(preconditioned(H, optimizer, model), "preconditioned_sharpness")
+            A = preconditioned(H, optimizer, model)
+            found |= self._largest(A, "preconditioned_sharpness") | {"preconditioned_left_out": left_out(A)}
         if self._probes:
             estimator = Hutchinson(H, self._probes, None, self._seed)
             while not estimator.done:
