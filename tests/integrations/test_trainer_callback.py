@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 import hesscope as hs
 from hesscope.integrations.adam import left_out, preconditioned
+from hesscope.integrations.quiet import undisturbed
 
 pytest.importorskip(
     "accelerate", reason="the Trainer of transformers needs accelerate: pip install 'hesscope[trainer]'"
@@ -175,6 +176,32 @@ def test_the_numbers_are_those_of_the_model_at_that_step(tmp_path: Path) -> None
         A = hs.operator(H.to_dense().double() * torch.outer(S, S))
         sharp = hs.eigs(A, k=1, which="LA", tol=1e-4).eigenvalues
         assert found["curvature/preconditioned_sharpness"] == pytest.approx(float(sharp), rel=1e-2)
+
+
+def test_under_mixed_precision_the_numbers_are_those_of_the_weights_own_precision(tmp_path: Path) -> None:
+    own = callback(max_products=60, tol=1e-4, trace_probes=0)
+    snapshot = Snapshot()
+    watched = train(tmp_path, [snapshot], attach=own, max_steps=2, bf16=True)
+    assert_same(watched, train(tmp_path, max_steps=2, bf16=True))
+    (found,) = (x["curvature/sharpness"] for x in watched.state.log_history if "curvature/sharpness" in x)
+    net = model().eval()
+    net.load_state_dict(snapshot.weights[2])
+    expected = hs.eigs(hs.hessian(hs.causal_lm(net, tokens(2, 3), batch_size=2)), k=1, which="LA", tol=1e-4)
+    assert found == pytest.approx(float(expected.eigenvalues), rel=1e-5)
+
+
+def test_a_forward_that_mixed_precision_sets_is_back_after_a_failure_too() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    before = net.forward
+    net._original_forward = before
+    net.forward = patched = torch.autocast("cpu", torch.bfloat16)(before)
+    x = torch.ones(1, 2)
+    assert net(x).dtype == torch.bfloat16
+    with pytest.raises(KeyError), undisturbed(net):
+        assert net(x).dtype == torch.float32
+        raise KeyError
+    assert vars(net)["forward"] is patched
+    assert vars(net)["_original_forward"] is before
 
 
 def test_it_reaches_what_the_trainer_reports_to(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     `preconditioned=True` `curvature/preconditioned_sharpness`, that of D^(-1/2) H D^(-1/2) with D = sqrt(v_hat) + eps of
     Adam's state, its residual, and `curvature/preconditioned_left_out`, how many weights it leaves out since their v is 0:
     those that Adam has not moved. Each search starts from the eigenvectors of the time before. The numbers are those
-    without dropout. Training itself is not touched: its weights come out bit for bit as without the callback.
+    without dropout and, in mixed precision, without autocast. Training itself is not touched: its weights come out bit for bit as without the callback.
 
     `attach(trainer)` adds the callback and sends the numbers through the trainer's own log, so that they are in
     `trainer.state.log_history` and wherever the trainer reports to. A callback given to `Trainer(callbacks=[...])` only
