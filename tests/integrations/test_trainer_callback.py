@@ -197,8 +197,10 @@ def test_a_forward_that_mixed_precision_sets_is_back_after_a_failure_too() -> No
     net.forward = patched = torch.autocast("cpu", torch.bfloat16)(before)
     x = torch.ones(1, 2)
     assert net(x).dtype == torch.bfloat16
-    with pytest.raises(KeyError), undisturbed(net):
+    with undisturbed(net):
         assert net(x).dtype == torch.float32
+    assert net(x).dtype == torch.bfloat16
+    with pytest.raises(KeyError), undisturbed(net):
         raise KeyError
     assert vars(net)["forward"] is patched
     assert vars(net)["_original_forward"] is before
@@ -303,6 +305,25 @@ def test_a_measurement_that_fails_is_a_warning_and_training_goes_on(tmp_path: Pa
     with pytest.warns(hs.HesscopeWarning, match="No curvature at step 3"):
         watched = train(tmp_path, attach=own, max_steps=5)
     assert watched.state.global_step == 5
+
+
+def test_memory_that_does_not_suffice_is_one_warning_and_training_goes_on(tmp_path: Path) -> None:
+    class TooLarge(Drawing):
+        tries = 0
+
+        def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+            TooLarge.tries += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def count(self, batch: Any) -> int:
+            return 1
+
+    own = hs.CurvatureCallback(lambda m: hs.Problem(m, TooLarge(), [{"input_ids": tokens(2, 2)}]), every=2)
+    with pytest.warns(hs.HesscopeWarning) as said:
+        watched = train(tmp_path, attach=own)
+    assert_same(watched, train(tmp_path))
+    assert [str(w.message)[:24] for w in said if w.category is hs.HesscopeWarning] == ["No curvature at step 2, "]
+    assert TooLarge.tries >= 3
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         HesscopeError: a number out of range; when training begins: data or a model that make no problem, or an optimizer
-            that is not Adam's kind. A measurement that fails later is a warning, and training goes on.
+            that is not Adam's kind. A measurement that fails later, or for which memory does not suffice, is a
+            warning, and training goes on.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         self._H: Operator | None = None
         self._model: nn.Module | None = None
         self._vectors: dict[str, Vectors] = {}
+        self._told_of_memory = False
 
     def attach(self, trainer: Any) -> CurvatureCallback:
         """Add the callback to a trainer, and log through it."""
@@ -95,7 +97,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             self._H, self._model = PROBLEM_OPERATORS[self._operator](problem, space), model
         if self._preconditioned:
             require_adam(of_trainer["optimizer"], model, space)
-        self._vectors = {}
+        self._vectors, self._told_of_memory = {}, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         """Measure and log, where it is time."""
@@ -105,7 +107,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             with undisturbed(self._model):
                 found = self._measure(self._H, self._model, of_trainer.get("optimizer"))
         except (HesscopeError, torch.OutOfMemoryError) as error:
-            warnings.warn(f"No curvature at step {state.global_step}: {error}", HesscopeWarning, stacklevel=2)
+            self._warn(state.global_step, error)
             return
         finally:
             release(self._H)
@@ -121,6 +123,17 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         """Let go of the model."""
         self._H = self._model = None
         self._vectors = {}
+
+    def _warn(self, step: int, error: Exception) -> None:
+        """Say why a number is missing; of memory, which will lack again, only once."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            warnings.warn(f"No curvature at step {step}: {error}", HesscopeWarning, stacklevel=3)
+        elif not self._told_of_memory:
+            self._told_of_memory = True
+            warnings.warn(
+                f"No curvature at step {step}, nor wherever memory runs out again: {error} Take fewer or smaller probe "
+                "batches, or fewer parameters.", HesscopeWarning, stacklevel=3,
+            )  # fmt: skip
 
     # ---- measuring
 
