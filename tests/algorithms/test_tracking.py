@@ -145,6 +145,18 @@ def test_another_runs_eigenpairs_are_not_taken(tmp_path: Path) -> None:
     assert hs.load(tmp_path / "step-0").eigenvalues.shape == (1,)
 
 
+def test_eigenpairs_of_another_method_are_not_taken(tmp_path: Path) -> None:
+    power: dict[str, Any] = {"method": "power"}
+    ways = [{}, power, power | {"momentum": 0.1}, power | {"batches": 1}, power | {"batches": 2}]
+    for i, how in enumerate(ways):
+        easy = {"k": 1, "tol": 10.0, "max_products": 10}
+        found = run(tmp_path / str(i), "0", **easy, **how)
+        assert same(run(tmp_path / str(i), "0", **easy, **how), found)
+        for other in ways[:i] + ways[i + 1 :]:
+            with pytest.raises(hs.HesscopeError, match="holds another run"):
+                run(tmp_path / str(i), "0", **easy, **other)
+
+
 def test_names_that_give_one_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(hs.HesscopeError, match="different folders"):
         hs.track_eigs({"a b": hs.operator(torch.eye(2)), "a-b": hs.operator(torch.eye(2))}, folder=tmp_path)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import hesscope as hs
-from hesscope.integrations.adam import preconditioned
+from hesscope.integrations.adam import left_out, preconditioned
+from hesscope.integrations.quiet import undisturbed
 
 pytest.importorskip(
     "accelerate", reason="the Trainer of transformers needs accelerate: pip install 'hesscope[trainer]'"
@@ -177,6 +178,34 @@ def test_the_numbers_are_those_of_the_model_at_that_step(tmp_path: Path) -> None
         assert found["curvature/preconditioned_sharpness"] == pytest.approx(float(sharp), rel=1e-2)
 
 
+def test_under_mixed_precision_the_numbers_are_those_of_the_weights_own_precision(tmp_path: Path) -> None:
+    own = callback(max_products=60, tol=1e-4, trace_probes=0)
+    snapshot = Snapshot()
+    watched = train(tmp_path, [snapshot], attach=own, max_steps=2, bf16=True)
+    assert_same(watched, train(tmp_path, max_steps=2, bf16=True))
+    (found,) = (x["curvature/sharpness"] for x in watched.state.log_history if "curvature/sharpness" in x)
+    net = model().eval()
+    net.load_state_dict(snapshot.weights[2])
+    expected = hs.eigs(hs.hessian(hs.causal_lm(net, tokens(2, 3), batch_size=2)), k=1, which="LA", tol=1e-4)
+    assert found == pytest.approx(float(expected.eigenvalues), rel=1e-5)
+
+
+def test_a_forward_that_mixed_precision_sets_is_back_after_a_failure_too() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    before = net.forward
+    net._original_forward = before
+    net.forward = patched = torch.autocast("cpu", torch.bfloat16)(before)
+    x = torch.ones(1, 2)
+    assert net(x).dtype == torch.bfloat16
+    with undisturbed(net):
+        assert net(x).dtype == torch.float32
+    assert net(x).dtype == torch.bfloat16
+    with pytest.raises(KeyError), undisturbed(net):
+        raise KeyError
+    assert vars(net)["forward"] is patched
+    assert vars(net)["_original_forward"] is before
+
+
 def test_it_reaches_what_the_trainer_reports_to(tmp_path: Path) -> None:
     class Report(TrainerCallback):
         seen: list[dict[str, float]] = []  # noqa: RUF012
@@ -231,6 +260,24 @@ def test_what_adam_has_never_moved_is_left_out() -> None:
     assert H.to_dense()[unseen].any()
     assert not A[unseen].any()
     assert 0 < float(torch.linalg.eigvalsh(A).max()) < 1e4
+    assert left_out(preconditioned(H, optimizer, net)) == len(unseen) == 2
+    state = type("State", (), {"global_step": 2, "epoch": 0.5, "log_history": []})
+    own = hs.CurvatureCallback(lambda _: probed, every=2, max_products=4, trace_probes=0, preconditioned=True)
+    own.on_train_begin(None, state, None, model=net, optimizer=optimizer)
+    own.on_step_end(None, state, None, model=net, optimizer=optimizer)
+    assert state.log_history[0]["curvature/preconditioned_left_out"] == 2
+
+
+def test_scales_of_bfloat16_parameters_are_computed_in_float32() -> None:
+    net = nn.Linear(2, 1).bfloat16()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, eps=1e-3)
+    net(torch.tensor([[1.0, 2.0]]).bfloat16()).sum().backward()
+    optimizer.step()
+    problem = hs.supervised(net, [(torch.ones(1, 2).bfloat16(), torch.ones(1, 1).bfloat16())], loss="mse")
+    found = preconditioned(hs.hessian(problem, hs.select(problem, "weight")), optimizer, net).scales["weight"]
+    state = optimizer.state[net.weight]
+    expected = ((state["exp_avg_sq"].double() / (1 - 0.999 ** int(state["step"]))).sqrt() + 1e-3).rsqrt()
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_another_state_than_adams_is_refused() -> None:
@@ -258,6 +305,25 @@ def test_a_measurement_that_fails_is_a_warning_and_training_goes_on(tmp_path: Pa
     with pytest.warns(hs.HesscopeWarning, match="No curvature at step 3"):
         watched = train(tmp_path, attach=own, max_steps=5)
     assert watched.state.global_step == 5
+
+
+def test_memory_that_does_not_suffice_is_one_warning_and_training_goes_on(tmp_path: Path) -> None:
+    class TooLarge(Drawing):
+        tries = 0
+
+        def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+            TooLarge.tries += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def count(self, batch: Any) -> int:
+            return 1
+
+    own = hs.CurvatureCallback(lambda m: hs.Problem(m, TooLarge(), [{"input_ids": tokens(2, 2)}]), every=2)
+    with pytest.warns(hs.HesscopeWarning) as said:
+        watched = train(tmp_path, attach=own)
+    assert_same(watched, train(tmp_path))
+    assert [str(w.message)[:24] for w in said if w.category is hs.HesscopeWarning] == ["No curvature at step 2, "]
+    assert TooLarge.tries >= 3
 
 
 @pytest.mark.parametrize(

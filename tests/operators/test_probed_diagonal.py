@@ -162,16 +162,18 @@ def test_a_perplexity_has_its_rank_one_part_exactly() -> None:
 
 
 class MixesSequences(nn.Module):
-    """A language model whose layers see the mean over the batch: no sum over sequences."""
+    """A language model whose layers see the mean over the batch, as strongly as told: no sum over sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, strength: float | None = None) -> None:
         super().__init__()
+        self.strength = strength
         self.embed = nn.Embedding(7, 4)
         self.first, self.last = nn.Linear(4, 6, bias=False), nn.Linear(6, 7, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = torch.tanh(self.first(self.embed(input_ids)))
-        logits: Tensor = self.last(x * x.mean(0, keepdim=True))
+        mean = x.mean(0, keepdim=True)
+        logits: Tensor = self.last(x * (mean if self.strength is None else 1.0 + self.strength * mean))
         return logits
 
 
@@ -184,6 +186,25 @@ def test_sequences_that_touch_one_another_share_a_probe() -> None:
     assert H.probed_groups == 2
     z = (draws.mean(0) - d) / (draws.std(0) / 300**0.5)
     assert float(z.abs().max()) < 4.5
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.03])
+def test_sequences_that_touch_one_another_are_noticed_in_bfloat16(strength: float) -> None:
+    """A hundred roundings of bfloat16 are nearly one."""
+    torch.manual_seed(0)
+    problem = hs.causal_lm(MixesSequences(strength).bfloat16(), [{"input_ids": torch.randint(7, (3, 2))}] * 2)
+    H: Any = hs.hessian(problem, hs.select(problem, "first.weight"))
+    H.probe_diagonal(0, 0)
+    assert H.probed_groups == 2
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sequences_that_are_apart_are_so_in_bfloat16(name: str) -> None:
+    problem = hs.causal_lm(tiny(name, torch.bfloat16), ragged_batches())
+    H: Any = hs.hessian(problem, hs.select(problem))
+    with unused_experts_allowed():
+        H.probe_diagonal(0, 0)
+    assert H.probed_groups == 6
 
 
 # ---- estimates

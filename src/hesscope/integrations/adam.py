@@ -28,15 +28,15 @@ def require_adam(optimizer: Any, model: nn.Module, space: Space) -> None:
         raise HesscopeError(f"Expected the optimizer to train every selected parameter, but {missing} is not in it.")
 
 
-def preconditioned(H: Operator, optimizer: Any, model: nn.Module) -> Operator:
+def preconditioned(H: Operator, optimizer: Any, model: nn.Module) -> DiagonalCongruence:
     """D^(-1/2) H D^(-1/2) with D = sqrt(v_hat) + eps and v_hat = v / (1 - beta_2^t), t counting the parameter's steps.
 
     Its largest eigenvalue is that of D^(-1) H, the preconditioned sharpness of Cohen et al. (2022, "Adaptive gradient
     methods at the edge of stability"), without their factor 1 - beta_1^t, which tends to one. With `amsgrad` v is the
     largest so far.
 
-    Where v is exactly zero the gradient always was: Adam has never moved that weight (of a token not seen yet, say) and does not
-    now. Such weights are left out, or they would count 1 / eps times their curvature.
+    Where v is exactly zero the gradient always was: Adam has never moved that weight (of a token not seen yet, say) but by
+    weight decay. Such weights are left out, or they would count 1 / eps times their curvature; `left_out` counts them.
 
     Raises HesscopeError where the optimizer keeps another state than Adam's.
     """
@@ -48,6 +48,11 @@ def preconditioned(H: Operator, optimizer: Any, model: nn.Module) -> Operator:
         scale = _scale(optimizer.state.get(p, {}), group_of[id(p)], p, c.name)
         scales[c.name] = c.gather(scale).to(H.dtype)[None]
     return DiagonalCongruence(H, scales)
+
+
+def left_out(A: DiagonalCongruence) -> int:
+    """How many weights a preconditioned operator leaves out."""
+    return sum(int((part == 0).sum()) for part in A.scales.values())
 
 
 def _scale(state: dict[str, Any], group: dict[str, Any], p: Tensor, name: str) -> Tensor:

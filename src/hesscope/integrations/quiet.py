@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode inside; every module's training flag and all random states return after.
+    """The model in evaluation mode and its own precision inside; training flags and all random states return after.
 
     Random states are those of Python, NumPy and torch, on the CPU and on the model's devices.
     """
@@ -23,9 +23,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
             model.eval()
-            yield
+            with full_precision(model):
+                yield
         finally:
             for module, training in flags:
                 module.training = training
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Without the autocast of mixed precision inside.
+
+    accelerate sets a `forward` with autocast on the instance, and keeps the one from before as `_original_forward`.
+    """
+    wrapped = [vars(m) for m in model.modules() if {"forward", "_original_forward"} <= vars(m).keys()]
+    forwards = [attributes["forward"] for attributes in wrapped]
+    try:
+        for attributes in wrapped:
+            attributes["forward"] = attributes["_original_forward"]
+        yield
+    finally:
+        for attributes, forward in zip(wrapped, forwards, strict=True):
+            attributes["forward"] = forward

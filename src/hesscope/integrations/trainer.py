@@ -14,7 +14,7 @@ from hesscope.algorithms.basis import Home
 from hesscope.algorithms.eigs import Search, basis_capacity
 from hesscope.algorithms.traces import Hutchinson
 from hesscope.errors import HesscopeError, HesscopeWarning
-from hesscope.integrations.adam import preconditioned, require_adam
+from hesscope.integrations.adam import left_out, preconditioned, require_adam
 from hesscope.integrations.quiet import undisturbed
 from hesscope.operators import PROBLEM_OPERATORS, Operator
 from hesscope.problem import Problem, causal_lm, select
@@ -27,8 +27,9 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     Every `every` steps, on the same probe batches: `curvature/sharpness`, the largest eigenvalue, with its measured
     `curvature/sharpness_residual` |H v - lambda v|; `curvature/trace` with `curvature/trace_standard_error`; and with
     `preconditioned=True` `curvature/preconditioned_sharpness`, that of D^(-1/2) H D^(-1/2) with D = sqrt(v_hat) + eps of
-    Adam's state, and its residual. Each search starts from the eigenvectors of the time before. The numbers are those
-    without dropout. Training itself is not touched: its weights come out bit for bit as without the callback.
+    Adam's state, its residual, and `curvature/preconditioned_left_out`, how many weights it leaves out since their v is 0:
+    those that Adam has not moved. Each search starts from the eigenvectors of the time before. The numbers are those
+    without dropout and, in mixed precision, without autocast. Training itself is not touched: its weights come out bit for bit as without the callback.
 
     `attach(trainer)` adds the callback and sends the numbers through the trainer's own log, so that they are in
     `trainer.state.log_history` and wherever the trainer reports to. A callback given to `Trainer(callbacks=[...])` only
@@ -48,7 +49,8 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         HesscopeError: a number out of range; when training begins: data or a model that make no problem, or an optimizer
-            that is not Adam's kind. A measurement that fails later is a warning, and training goes on.
+            that is not Adam's kind. A measurement that fails later, or for which memory does not suffice, is a
+            warning, and training goes on.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         self._H: Operator | None = None
         self._model: nn.Module | None = None
         self._vectors: dict[str, Vectors] = {}
+        self._told_of_memory = False
 
     def attach(self, trainer: Any) -> CurvatureCallback:
         """Add the callback to a trainer, and log through it."""
@@ -94,7 +97,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             self._H, self._model = PROBLEM_OPERATORS[self._operator](problem, space), model
         if self._preconditioned:
             require_adam(of_trainer["optimizer"], model, space)
-        self._vectors = {}
+        self._vectors, self._told_of_memory = {}, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         """Measure and log, where it is time."""
@@ -104,7 +107,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             with undisturbed(self._model):
                 found = self._measure(self._H, self._model, of_trainer.get("optimizer"))
         except (HesscopeError, torch.OutOfMemoryError) as error:
-            warnings.warn(f"No curvature at step {state.global_step}: {error}", HesscopeWarning, stacklevel=2)
+            self._warn(state.global_step, error)
             return
         finally:
             release(self._H)
@@ -121,6 +124,17 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         self._H = self._model = None
         self._vectors = {}
 
+    def _warn(self, step: int, error: Exception) -> None:
+        """Say why a number is missing; of memory, which will lack again, only once."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            warnings.warn(f"No curvature at step {step}: {error}", HesscopeWarning, stacklevel=3)
+        elif not self._told_of_memory:
+            self._told_of_memory = True
+            warnings.warn(
+                f"No curvature at step {step}, nor wherever memory runs out again: {error} Take fewer or smaller probe "
+                "batches, or fewer parameters.", HesscopeWarning, stacklevel=3,
+            )  # fmt: skip
+
     # ---- measuring
 
     def _problem(self, model: nn.Module) -> Problem:
@@ -135,7 +149,8 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         products = H.products
         found = self._largest(H, "sharpness")
         if self._preconditioned:
-            found |= self._largest(preconditioned(H, optimizer, model), "preconditioned_sharpness")
+            A = preconditioned(H, optimizer, model)
+            found |= self._largest(A, "preconditioned_sharpness") | {"preconditioned_left_out": left_out(A)}
         if self._probes:
             estimator = Hutchinson(H, self._probes, None, self._seed)
             while not estimator.done:

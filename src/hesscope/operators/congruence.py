@@ -16,17 +16,17 @@ class DiagonalCongruence(Operator):
 
     def __init__(self, base: Operator, s: Vectors) -> None:
         super().__init__(base.space, base.positive_semidefinite)
-        self._base, self._s = base, s
+        self._base, self.scales = base, s
 
     def _matmat(self, V: Vectors) -> Vectors:
-        return vectors.multiply(self._base.matmat(vectors.multiply(V, self._s)), self._s)
+        return vectors.multiply(self._base.matmat(vectors.multiply(V, self.scales)), self.scales)
 
     @property
     def units(self) -> float:
         return self._base.units
 
     def describe(self) -> dict[str, Any]:
-        return {"operator": "congruence", "of": self._base.describe(), "norm": float(self.space.norms(self._s))}
+        return {"operator": "congruence", "of": self._base.describe(), "norm": float(self.space.norms(self.scales))}
 
     def origin(self) -> dict[str, Any] | None:
         return self._base.origin()
