@@ -127,18 +127,18 @@ def test_a_case_that_was_stopped_inside_continues_there(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ("structure", "--params", CORNER, "--losses", "log-perplexity,regression", "--checkpoint-every", "0")
-    from hesscope.algorithms.block import Columns
+    from hesscope.algorithms.filling import Filling
 
-    step, steps = Columns.step, []
+    step, steps = Filling.step, []
 
-    def stops(self: Columns) -> None:
+    def stops(self: Filling) -> None:
         steps.append(self)
         if len(steps) == 3:
             raise KeyboardInterrupt
         step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Columns, "step", stops)
+        patch.setattr(Filling, "step", stops)
         assert command(*own, "--output-dir", "out") == 130
     assert "run the same command again" in capsys.readouterr().err
     assert (tmp_path / "out" / "log-perplexity.partial").is_dir()
