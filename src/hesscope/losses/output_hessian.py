@@ -165,6 +165,8 @@ def _objection(run: _Rows, logits: Tensor, u: Tensor) -> str | None:
     expected = _eager(z, y, u_KTV).to(u.dtype)
     # Relative to p |u|: entries of the difference u - <p, u> may cancel.
     size = (torch.softmax(z.to(expected.dtype), -1) * u_KTV.abs().amax(-1, keepdim=True)).abs() + expected.abs()
+    # What is below the row's rounding does not count: exponentials far down underflow in different places.
+    size = torch.maximum(size, torch.finfo(_accumulation(z, u)).eps * size.amax(-1, keepdim=True))
     limit = max(100 * torch.finfo(u.dtype).eps, 1e-4 if _accumulation(z, u) == torch.float32 else 0.0)
     gap = float(((found - expected).abs() / size.clamp(min=torch.finfo(u.dtype).tiny)).max())
     return (
