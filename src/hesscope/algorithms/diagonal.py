@@ -59,7 +59,7 @@ def diagonal(
     entries first.
 
     Args:
-        method: "exact" (n products, or none where the operator knows its diagonal, as K-FAC does); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
+        method: "exact" (n products at most, or none where the operator knows its diagonal, as K-FAC does); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
             "deflated", exact on a Krylov space and probes on its complement; "xdiag", leave-one-out; "nystrom", deflation
             with a low-rank approximation made of the other probes; "sampled", gradients at labels drawn from the model, for
             a GGN; "per-sequence", a probe of its own for every sequence in the same pass, for a Hessian; "control-variate",

@@ -79,9 +79,13 @@ def largest_disagreement(space: Space, x: Vectors, y: Vectors) -> float:
 
 def close(space: Space) -> float:
     """The largest disagreement that passes for rounding of the same arrangement; models may cast to float32 inside."""
-    return min(max(1000 * max(torch.finfo(c.dtype).eps for c in space.coordinates), 3e-5), 0.1)
+    return _rounding(space, 3e-5)
 
 
 def tolerated(space: Space) -> float:
     """The largest disagreement that passes for rounding: models in float64 may cast to float32 inside."""
-    return min(max(1000 * max(torch.finfo(c.dtype).eps for c in space.coordinates), 1e-3), 0.1)
+    return _rounding(space, 1e-3)
+
+
+def _rounding(space: Space, least: float) -> float:
+    return min(max(1000 * max(torch.finfo(c.dtype).eps for c in space.coordinates), least), 0.1)

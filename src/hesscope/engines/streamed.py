@@ -41,7 +41,7 @@ class StreamedBatch(Linearization):
         self._h = [*(call.hidden for call in calls[plan.start :]), calls[-1].output]
         self._pieces = Pieces(problem, b, plan.trunk, calls)
         self.total = float(total)
-        self.bytes = _bytes([*self._h, *(call.lean() for call in calls)])
+        self.bytes = _bytes([*self._h, *self._pieces.calls])
         self._used: set[str] = set()
 
     @property

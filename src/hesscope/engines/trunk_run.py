@@ -72,7 +72,8 @@ class Pieces:
 
     def __init__(self, problem: Problem, b: int, trunk: Trunk, calls: Sequence[Call]) -> None:
         self._problem, self._b, self._trunk = problem, b, trunk
-        self._calls = [call.lean() for call in calls]
+        #: What is kept of the calls.
+        self.calls = [call.lean() for call in calls]
 
     def stem(self, values: Values) -> Tensor:
         """The input of the first block."""
@@ -89,7 +90,7 @@ class Pieces:
 
     def block(self, i: int, values: Values, h: Tensor) -> Tensor:
         """The output of block i; `values` by the names inside the block, what is missing is constant."""
-        call, module = self._calls[i], self._trunk.blocks[i]
+        call, module = self.calls[i], self._trunk.blocks[i]
         state = {name: p.detach() for name, p in module.named_parameters()} | values
         args, kwargs = (
             ((h, *call.args), call.kwargs) if call.keyword is None else (call.args, call.kwargs | {call.keyword: h})
@@ -114,7 +115,7 @@ class Pieces:
         def give(call: Call) -> Callable[..., Any]:
             return lambda *args, **kwargs: call.with_output(h)
 
-        with _standing_in(self._trunk.blocks, [give(call) for call in self._calls]):
+        with _standing_in(self._trunk.blocks, [give(call) for call in self.calls]):
             yield
 
 

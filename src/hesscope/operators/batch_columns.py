@@ -1,7 +1,8 @@
 """The matrix of a problem's Hessian, GGN or Fisher matrix, batch by batch: one graph at a time, for all of its batch's columns.
 
-A = (1/N) sum over batches b of d2 l_b / dw dw, or of J_b^T M_b J_b. What comes before the first selected layer is a constant of the graph and runs
-once a batch; the output projection belongs to the loss, and is contracted where that pays.
+A = (1/N) sum over batches b of d2 l_b / dw dw, or of J_b^T M_b J_b. What comes before the first selected layer is a
+constant of the graph and runs once a batch; the output projection belongs to a Hessian's loss, and is contracted where that
+pays.
 """
 
 from __future__ import annotations
