@@ -65,7 +65,8 @@ def report(found: dict[str, dict[str, Any]]) -> dict[str, float]:
         memory = figures["peak"] / gradient["peak"]
         of_theirs = figures["peak"] / theirs["peak"] if theirs else float("nan")
         ratios |= {f"{side}: time over gradient": time, f"{side}: memory over gradient": memory}
-        ratios[f"{side}: memory over {THEIRS}"] = of_theirs
+        if theirs:
+            ratios[f"{side}: memory over {THEIRS}"] = of_theirs
         print(
             f"{side:38s}{median(figures['seconds']):9.2f}{time:11.2f}{figures['peak'] / 1e9:9.2f}{memory:13.2f}{of_theirs:11.2f}"
         )

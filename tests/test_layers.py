@@ -11,16 +11,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "hesscope"
 
 #: From the bottom up; names on one line may import each other.
 LAYERS = [
-    {"errors", "memory", "digest"},
+    {"errors", "arithmetic", "communicator", "digest", "exchange", "memory", "resting"},
     {"space"},
     {"models", "losses", "assets"},
     {"data"},
     {"problem"},
+    {"dryrun"},
     {"engines"},
     {"operators"},
     {"results", "figures"},
     {"algorithms"},
-    {"verification", "report", "studies", "integrations"},
+    {"verification", "report", "studies", "integrations", "parallel", "planning"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -20,6 +20,8 @@ _HOMES = {
     "causal_lm": "hesscope.problem",
     "convergence": "hesscope.studies",
     "cross_check": "hesscope.studies",
+    "data_parallel": "hesscope.parallel",
+    "fully_shard_model": "hesscope.parallel",
     "density": "hesscope.algorithms",
     "diagonal": "hesscope.algorithms",
     "diagonal_study": "hesscope.algorithms",
@@ -32,8 +34,13 @@ _HOMES = {
     "kfac": "hesscope.operators",
     "lanczos": "hesscope.algorithms",
     "load": "hesscope.results",
+    "memory_limit": "hesscope.memory",
     "operator": "hesscope.operators",
     "perplexity_study": "hesscope.studies",
+    "plan": "hesscope.planning",
+    "plan_cluster": "hesscope.planning",
+    "plan_exact_diagonal": "hesscope.algorithms",
+    "precision": "hesscope.arithmetic",
     "select": "hesscope.problem",
     "seq2seq_lm": "hesscope.problem",
     "structure": "hesscope.algorithms",
@@ -52,13 +59,18 @@ if TYPE_CHECKING:
         eigs,
         groups,
         lanczos,
+        plan_exact_diagonal,
         structure,
         trace,
         track_eigs,
     )
+    from hesscope.arithmetic import precision
     from hesscope.errors import HesscopeError, HesscopeWarning
     from hesscope.integrations import CurvatureCallback
+    from hesscope.memory import memory_limit
     from hesscope.operators import Operator, empirical_fisher, fisher, ggn, hessian, kfac, operator
+    from hesscope.parallel import data_parallel, fully_shard_model
+    from hesscope.planning import plan, plan_cluster
     from hesscope.problem import Problem, causal_lm, select, seq2seq_lm, supervised
     from hesscope.results import load
     from hesscope.space import Space
@@ -77,20 +89,27 @@ __all__ = [
     "causal_lm",
     "convergence",
     "cross_check",
+    "data_parallel",
     "density",
     "diagonal",
     "diagonal_study",
     "eigs",
     "empirical_fisher",
     "fisher",
+    "fully_shard_model",
     "ggn",
     "groups",
     "hessian",
     "kfac",
     "lanczos",
     "load",
+    "memory_limit",
     "operator",
     "perplexity_study",
+    "plan",
+    "plan_cluster",
+    "plan_exact_diagonal",
+    "precision",
     "select",
     "seq2seq_lm",
     "structure",

@@ -5,6 +5,10 @@ class HesscopeError(ValueError):
     """Bad input or an impossible request; its text says what was expected, what came and what to do."""
 
 
+class RankLost(HesscopeError):
+    """Processes that worked together are no longer in step: one has failed or is gone, so that all have to start again."""
+
+
 class HesscopeWarning(UserWarning):
     """The answer stands, but something about it is probably not what the caller had in mind."""
 

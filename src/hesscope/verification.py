@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hesscope.algorithms.driver import provenance
 from hesscope.algorithms.probing import difference, symmetry, tolerated
+from hesscope.arithmetic import precision
 from hesscope.data.batching import batches_of_sequences
 from hesscope.operators import Operator, hessian
 from hesscope.problem import Problem, select
@@ -37,7 +38,7 @@ def verify(problem: Problem, space: Space | None = None, engine: str = "auto", s
     Returns:
         A `Verification`; `passed` says whether every measured value is within its limit.
     """
-    space = space if space is not None else select(problem)
+    space = (select(problem) if space is None else space).whole
     H = hessian(problem, space, engine)
     began = time.perf_counter()
     checks, partners = _checks(problem, space, H, engine, seed)
@@ -87,7 +88,9 @@ def _finite_difference(problem: Problem, space: Space) -> tuple[Operator, float]
     """
     twin, wide = in_float64(problem, space)
     exact = all(p.dtype == torch.float64 for p in twin.model.parameters())
-    return hessian(twin, wide, "finite-difference"), _DIFFERENCE_LIMIT["float64" if exact else "own"]
+    with precision(None):  # what is asked for is that of the operator which is checked
+        reference = hessian(twin, wide, "finite-difference")
+    return reference, _DIFFERENCE_LIMIT["float64" if exact else "own"]
 
 
 def rebatched(problem: Problem) -> Problem | None:

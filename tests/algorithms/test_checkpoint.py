@@ -210,16 +210,16 @@ def test_another_problem_selection_or_operator_refuses(
 ) -> None:
     folder = tmp_path / "kept"
     with monkeypatch.context() as patch:
-        made = [0]
-        step = driver.Checkpoint.offer
+        asked = [0]
+        is_due = driver.Checkpoint.is_due
 
-        def die(self: Checkpoint, *arguments: Any, **keywords: Any) -> None:
-            step(self, *arguments, **keywords)
-            made[0] += 1
-            if made[0] == 2:
+        def die(self: Checkpoint, last: bool = False) -> bool:
+            asked[0] += not last  # once a step
+            if asked[0] == 3:
                 raise Killed
+            return is_due(self, last)
 
-        patch.setattr(driver.Checkpoint, "offer", die)
+        patch.setattr(driver.Checkpoint, "is_due", die)
         with pytest.raises(Killed):
             hs.density(regression(), probes=2, steps=3, checkpoint=Checkpoint(folder, every=0.0))
     sentence = refused(lambda: hs.density(regression(**own), probes=2, steps=3, checkpoint=folder), folder)
@@ -303,7 +303,8 @@ def test_checkpoints_come_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.
     kept.begin({})
     for _ in range(30):
         now[0] += 10.0
-        kept.offer(dict)
+        if kept.is_due():
+            kept.write({})
     assert written == [60.0, 144.0, 228.0, 312.0]  # 64 + 80, 148 + 80: twenty times four seconds
 
 

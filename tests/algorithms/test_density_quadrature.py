@@ -67,8 +67,8 @@ def test_a_matrix_with_few_distinct_eigenvalues_is_resolved_exactly() -> None:
     torch.testing.assert_close(shares.sum(1), torch.ones(200, dtype=F64), rtol=0, atol=1e-12)
     z = (shares.mean(0) - torch.tensor([2, 11, 4, 3], dtype=F64) / 20) / (shares.std(0) / 200**0.5)
     assert bool((z.abs() < 4).all()), z
-    # Rounding is now and then taken for a fifth direction, of no weight.
-    assert 200 * 4 <= found.products <= 200 * 4 + 5
+    # One run may take rounding for a fifth direction, of no weight, and then goes on to its ten steps.
+    assert 200 * 4 <= found.products <= 200 * 4 + 6
 
 
 def test_one_coordinate_and_zero_matrices() -> None:

@@ -156,3 +156,24 @@ def test_a_study_takes_the_exact_diagonal_from_a_run_and_draws_others(command: C
     assert study.references == {"other": pytest.approx(float((other.flat().double() - d).norm() / d.norm()))}
     assert command("trace", "--params", ROW, "--budget", "4", "--output-dir", "trace") == 0
     assert command("diagonal-study", *own, "--exact", "trace", "--output-dir", "never") == 2
+
+
+def test_the_plan_of_an_exact_diagonal_writes_nothing(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.iterdir())
+    assert command("diagonal", "--params", ROW, "--method", "exact", "--plan") == 0
+    said = capsys.readouterr().out
+    assert "exact diagonal of 8 weights, through weights" in said
+    assert "forward passes" in said
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_attention_in_tiles(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("block", "--params", ROW, "--attention", "tiled", "--output-dir", "tiled") == 0
+    assert command("block", "--params", ROW, "--output-dir", "usual") == 0
+    found, usual = hs.load(tmp_path / "tiled"), hs.load(tmp_path / "usual")
+    assert found.provenance["problem"]["attention"] == "tiled (memory linear in the length), as asked"
+    assert torch.allclose(found.matrix, usual.matrix, rtol=1e-4, atol=1e-6)
+    assert command("block", "--params", ROW, "--attention", "flash", "--output-dir", "none") != 0
+    assert "Expected attention to be 'auto', 'sdpa', 'eager' or 'tiled', got 'flash'" in capsys.readouterr().err

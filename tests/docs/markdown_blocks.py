@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +49,11 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `hesscope ...` line in the page's shell blocks, continued lines joined."""
+    """The arguments of every `hesscope ...` and `... -m hesscope ...` line in the page's shell blocks, continued lines joined."""
     found = []
     for block in blocks(page, "bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words and words[0] == "hesscope":
-                found.append(words[1:])
+            if words and (words[0] == "hesscope" or ("-m", "hesscope") in pairwise(words)):
+                found.append(words[words.index("hesscope") + 1 :])
     return found

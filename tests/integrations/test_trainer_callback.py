@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import hesscope as hs
-from hesscope.integrations.adam import left_out, preconditioned
+from hesscope.integrations.adam import left_out, preconditioned, require_adam
 from hesscope.integrations.quiet import undisturbed
 
 pytest.importorskip(
@@ -339,6 +339,13 @@ def test_memory_that_does_not_suffice_is_one_warning_and_training_goes_on(tmp_pa
 def test_refusals(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(hs.HesscopeError, match=said):
         hs.CurvatureCallback(tokens(2, 3), **{"every": 2, **wrong})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adamax])
+def test_what_is_not_adam_is_refused(kind: type[torch.optim.Optimizer]) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(hs.HesscopeError, match=f"Expected Adam or AdamW .* got {kind.__name__}"):
+        require_adam(kind(model.parameters(), lr=0.1), model, hs.select(model))  # type: ignore[call-arg]
 
 
 def test_another_optimizer_is_refused_when_training_begins(tmp_path: Path) -> None:

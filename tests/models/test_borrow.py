@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.models import borrowed
-from hesscope.models.borrow import attention_note
+from hesscope.models.configs import attention_note
 from oracles import relative
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -98,25 +98,15 @@ def test_units_of_some_graphs_kept(model: nn.Module) -> None:
     assert 6 < H.units - first < 9
 
 
-def test_gradients_pay_for_graphs_only(model: nn.Module) -> None:
-    H = make(model, EVERYTHING)
-    H.risk_and_gradient()
-    assert H.units == pytest.approx(3)
-    H @ columns(H, 1)
-    assert H.units == pytest.approx(9)
-
-
-def test_the_gradients_values_go_with_the_first_product(model: nn.Module) -> None:
-    """They are as large as the parameters, once a batch; a gradient asked for later is computed anew."""
+def test_a_gradient_needs_no_graph_and_keeps_none(model: nn.Module) -> None:
     H = make(model, EVERYTHING)
     risk, before = H.risk_and_gradient()
-    made = H._graphs.get(0)[0]
-    values = [weakref.ref(g) for g in made._values]
+    assert H.units == pytest.approx(3)
+    assert kept(H)[1] == 0
     H @ columns(H, 1)
-    gc.collect()
-    assert all(ref() is None for ref in values)
     spent = H.units
-    again, after = H.risk_and_gradient()
+    assert spent == pytest.approx(12)
+    again, after = H.risk_and_gradient()  # from the kept graphs
     assert again == risk
     assert all(torch.allclose(before[name], after[name], rtol=1e-12) for name in before)
     assert H.units - spent == pytest.approx(3)

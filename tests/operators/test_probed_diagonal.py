@@ -248,7 +248,7 @@ def test_all_ones() -> None:
 
 def test_one_weight_and_a_zero_hessian() -> None:
     H = hessian("llama", "*.0.mlp.up_proj.weight[2, 3]")
-    assert relative(hs.diagonal(H, method="per-sequence", budget=2).flat(), H.to_dense().diagonal()) < EXACT
+    assert relative(hs.diagonal(H, method="per-sequence", budget=2).flat(), H.to_dense().diagonal()) < CASTS
     model = nn.Linear(3, 2, bias=False).to(F64)
     flat = hs.Problem(model, lambda m, x: m(x).mean(), [torch.ones(4, 3, dtype=F64)], count=len)
     found = hs.diagonal(hs.hessian(flat), method="per-sequence", budget=3)

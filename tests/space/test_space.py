@@ -152,3 +152,17 @@ def test_long_sums_in_single_precision(size: int) -> None:
     V, exact = space.unflatten(X), X.double().T @ X.double()
     torch.testing.assert_close(space.inner(V, V), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(space.norms(V), exact.diagonal().sqrt(), rtol=1e-6, atol=0)
+
+
+def test_one_vector_in_one_piece_of_memory_is_joined_without_a_copy(space: Space) -> None:
+    V = space.sums().complete()
+    for k, part in enumerate(V.values()):
+        part += torch.arange(part.numel(), dtype=part.dtype).reshape(part.shape) + k
+    expected = space.flatten(V)
+    joined = space.flatten(V, give_up=True)
+    assert torch.equal(joined, expected)
+    assert joined.untyped_storage().data_ptr() == next(iter(V.values())).untyped_storage().data_ptr()
+    several = space.sums(3).complete()
+    assert torch.equal(space.flatten(several, give_up=True), torch.zeros(space.size, 3, dtype=space.dtype))
+    swapped = dict(V) | {name: part.clone() for name, part in list(V.items())[-1:]}
+    assert torch.equal(space.flatten(swapped, give_up=True), expected)

@@ -5,6 +5,7 @@ from hesscope.algorithms.density import density
 from hesscope.algorithms.diagonal import diagonal
 from hesscope.algorithms.diagonal_study import diagonal_study
 from hesscope.algorithms.eigs import eigs
+from hesscope.algorithms.exact_plan import plan_exact_diagonal
 from hesscope.algorithms.groups import groups
 from hesscope.algorithms.lanczos import lanczos
 from hesscope.algorithms.structure import structure
@@ -19,6 +20,7 @@ __all__ = [
     "eigs",
     "groups",
     "lanczos",
+    "plan_exact_diagonal",
     "structure",
     "trace",
     "track_eigs",

@@ -22,6 +22,7 @@ from hesscope.space import Space, Vectors, vectors
 _GROWTH = 1.5
 _FIRST_ROWS = 8
 _CHUNK = 2**20  # coordinates of one parameter rotated at once
+_ROUNDING = 0.01  # what a pass may remove, relative to what it leaves, without a further pass
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,33 @@ class Basis:
 
     def orthogonalise(self, w: Vectors) -> tuple[Vectors, Tensor]:
         """w - Q h and h = Q^T w [m, K] float64 for K vectors w, by two passes of classical Gram-Schmidt."""
-        Q, total = self.rows, torch.zeros(self.m, vectors.count(w), dtype=torch.float64)
-        w = {name: part.to(Q[name].device) for name, part in w.items()}
-        for _ in range(2):
-            h = self._space.inner(Q, w)
-            w = vectors.add(w, self._space.combine(Q, h), -1.0)
-            total += h
+        return self.orthogonalise_({name: part.clone() for name, part in w.items()})
+
+    def orthogonalise_(self, w: Vectors, near: int = 0) -> tuple[Vectors, Tensor]:
+        """The same for a w that may be overwritten.
+
+        Where all that w has of the basis beside rounding lies along the newest `near` vectors, the first of the two passes
+        takes those alone. The second shows whether that was so: a third follows where it had more than rounding to remove.
+        """
+        if self.m == 0:
+            return w, torch.zeros(0, vectors.count(w), dtype=torch.float64)
+        near = near or self.m
+        w = {name: part.to(self._rows[name].device).contiguous() for name, part in w.items()}
+        total = torch.zeros(self.m, vectors.count(w), dtype=torch.float64)
+        total[self.m - near :] = self._subtract(w, self.m - near)
+        again = self._subtract(w, 0)
+        total += again
+        if near < self.m and bool((again.norm(dim=0) > _ROUNDING * self._space.norms(w)).any()):
+            total += self._subtract(w, 0)
         return self._space.place(w), total
+
+    def _subtract(self, w: Vectors, start: int) -> Tensor:
+        """w <- w - Q h in place for the vectors from `start` on; returns h = Q^T w."""
+        Q = vectors.columns(self._rows, start, self.m)
+        h = self._space.inner(Q, w)
+        for name, part in w.items():
+            _flat(part).addmm_(h.T.to(part), _flat(Q[name]), alpha=-1.0)
+        return h
 
     def combine(self, S_mK: Tensor) -> Vectors:
         """Q S, with every part on its parameter's device."""
@@ -102,7 +123,7 @@ class Basis:
         """Q <- Q S in place, in pieces: a restart needs no second basis."""
         p = S_mp.shape[1]
         for rows in self._rows.values():
-            flat = rows.view(rows.shape[0], -1)
+            flat = _flat(rows)
             S = S_mp.T.to(flat.device, flat.dtype)
             for a in range(0, flat.shape[1], _CHUNK):
                 flat[:p, a : a + _CHUNK] = S @ flat[: self.m, a : a + _CHUNK]
@@ -128,6 +149,11 @@ class Basis:
         if self._home.folder is None:
             return torch.empty(rows, *shape, dtype=self._space.dtype, device=self._home.device or device)
         return _mapped(self._home.folder, (rows, *shape), self._space.dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Vectors' parts as rows of a matrix; a part may be empty."""
+    return x.view(len(x), math.prod(x.shape[1:]))
 
 
 def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

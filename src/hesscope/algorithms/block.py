@@ -70,9 +70,10 @@ def symmetrize_(A_nn: Tensor) -> float:
 
 def _require_room(H: Operator, checkpoint: str | Path | Checkpoint | None) -> None:
     """Raise HesscopeError where memory or, for a run with a checkpoint, the disk is too small."""
-    _require(H, "memory", COPIES, available_bytes(H.space.device))
+    _require(H, "memory", COPIES, H.comm.on_first(lambda: available_bytes(H.space.device)))
     if checkpoint is not None:
-        _require(H, "the disk", FILES, free_disk_bytes(opened(checkpoint).folder.absolute()))
+        folder = opened(checkpoint).folder.absolute()
+        _require(H, "the disk", FILES, H.comm.on_first(lambda: free_disk_bytes(folder)))
 
 
 def _require(H: Operator, place: str, copies: int, free: int) -> None:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from hesscope.algorithms import state_file
 from hesscope.algorithms.identity import differences
+from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.space.random import resolve_seed
 
@@ -121,12 +122,11 @@ class Checkpoint:
         self._since = time.monotonic()
         return saved
 
-    def offer(self, saved: Callable[[], dict[str, Any]], last: bool = False) -> None:
-        """Write the state if it is time; with `last`, before the run stops, if there is work that is worth keeping."""
+    def is_due(self, last: bool = False) -> bool:
+        """Whether it is time to write; with `last`, before the run stops, whether there is work that is worth keeping."""
         waited = time.monotonic() - self._since
         worth = min(self.every, max(_WORTH_KEEPING, self._cost))
-        if waited >= (worth if last else pause(self.every, self._cost)):
-            self.write(saved())
+        return waited >= (worth if last else pause(self.every, self._cost))
 
     def write(self, saved: dict[str, Any]) -> None:
         """Write the state now. A disk that is full does not end the run; it is a warning."""
@@ -184,11 +184,11 @@ def pause(every: float, cost: float) -> float:
     return max(every, _SHARE * cost)
 
 
-def run_seed(seed: int | None, checkpoint: str | Path | Checkpoint | None) -> int:
-    """The seed given; where none was, that of the run to be resumed, or a fresh one."""
-    if seed is None and checkpoint is not None:
-        seed = opened(checkpoint).seed()
-    return resolve_seed(seed)
+def run_seed(seed: int | None, checkpoint: str | Path | Checkpoint | None, comm: Communicator) -> int:
+    """The seed given; where none was, that of the run to be resumed, or a fresh one: rank 0's on all ranks."""
+    if seed is not None:
+        return resolve_seed(seed)
+    return comm.on_first(lambda: resolve_seed(None if checkpoint is None else opened(checkpoint).seed()))
 
 
 def opened(checkpoint: str | Path | Checkpoint) -> Checkpoint:
@@ -223,9 +223,9 @@ def postponed_interrupts() -> Iterator[Callable[[], bool]]:
 
 def _tidy(folder: Path) -> None:
     """Remove what this module put into a folder beside the state, and the folder if it is empty then."""
-    for leftover in [folder / LOCK, *folder.glob(f".{STATE}.*")]:
-        leftover.unlink(missing_ok=True)
     try:
+        for leftover in [folder / LOCK, *folder.glob(f".{STATE}.*")]:
+            leftover.unlink(missing_ok=True)
         folder.rmdir()
     except OSError:
-        return  # something of somebody else is in it
+        return  # something of somebody else is in it, or it is gone

@@ -59,7 +59,7 @@ def density(
         raise HesscopeError(f"Expected at least 1 step, got {steps}.")
     if bandwidth is not None and not bandwidth > 0:
         raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
-    seed = run_seed(seed, checkpoint)
+    seed = run_seed(seed, checkpoint, H.comm)
     home = Home.of(basis_device, basis_folder) if basis else None
     run = Quadrature(H, probes, min(steps, H.space.size), seed, home)
     options = {"probes": probes, "steps": steps, "bandwidth": bandwidth, "seed": seed, "basis": basis}
@@ -69,7 +69,10 @@ def density(
 
 
 class Quadrature(Iteration):
-    """One probe after another, each `steps` Lanczos steps or fewer where its Krylov space ends."""
+    """One probe after another, each `steps` Lanczos steps or fewer where its Krylov space ends.
+
+    Groups of ranks that divide a product's vectors are each given a probe: as many go in step, with a basis each.
+    """
 
     description = "density"
 
@@ -79,39 +82,56 @@ class Quadrature(Iteration):
         self.expected = probes * steps
         self.nodes = torch.zeros(probes, steps, dtype=torch.float64)
         self.weights = torch.zeros(probes, steps, dtype=torch.float64)
-        self._probe = 0
-        self._krylov = self._begin()
+        self._begun = 0
+        self._under_way: dict[int, Krylov | ThreeTerm] = {}
+        self._fill()
 
     @property
     def done(self) -> bool:
-        return self._probe == self._probes
+        return not self._under_way
 
     def step(self) -> None:
-        self._krylov.step()
-        if self._krylov.ended or self._krylov.m == self._steps:
-            nodes, weights = self._krylov.quadrature()
-            self.nodes[self._probe, : len(nodes)] = nodes
-            self.weights[self._probe, : len(nodes)] = weights
-            self._probe += 1
-            if not self.done:
-                self._krylov = self._begin()
+        self._step_all(list(self._under_way.values()))
+        for probe, run in list(self._under_way.items()):
+            if run.ended or run.m == self._steps:
+                nodes, weights = run.quadrature()
+                self.nodes[probe, : len(nodes)] = nodes
+                self.weights[probe, : len(nodes)] = weights
+                del self._under_way[probe]
+        self._fill()
+
+    def _step_all(self, runs: list[Krylov | ThreeTerm]) -> None:
+        """A step of every run, by one call of the operator."""
+        if len(runs) == 1:
+            runs[0].step()
+            return
+        Q = [run.begin() for run in runs]
+        W = self._H.matmat(vectors.joined(Q))
+        for k, (run, q) in enumerate(zip(runs, Q, strict=True)):
+            run.finish(q, vectors.columns(W, k, k + 1))
+
+    def _fill(self) -> None:
+        """Begin as many probes as go in step."""
+        while self._begun < self._probes and len(self._under_way) < max(self._H.comm.probe_groups, 1):
+            self._under_way[self._begun] = self._begin(self._begun)
+            self._begun += 1
 
     def state(self) -> dict[str, Any]:
-        krylov = None if self.done else self._krylov.state()
-        return {"probe": self._probe, "nodes": self.nodes, "weights": self.weights, "krylov": krylov}
+        under_way = {str(probe): run.state() for probe, run in self._under_way.items()}
+        return {"begun": self._begun, "nodes": self.nodes, "weights": self.weights, "under_way": under_way}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._probe, self.nodes, self.weights = state["probe"], state["nodes"], state["weights"]
-        if state["krylov"] is not None:
-            self._krylov.restore(state["krylov"])
+        self._begun, self.nodes, self.weights = state["begun"], state["nodes"], state["weights"]
+        self._under_way = {int(probe): self._begin(int(probe)) for probe in state["under_way"]}
+        for probe, of_run in state["under_way"].items():
+            self._under_way[int(probe)].restore(of_run)
+        self._fill()
 
     def note(self) -> str:
-        return f"probe {min(self._probe + 1, self._probes)} of {self._probes}"
+        return f"probe {min(self._begun, self._probes)} of {self._probes}"
 
-    def _begin(self) -> Krylov | ThreeTerm:
-        start = vectors.scale(
-            self._H.space.rademacher(self._seed, [f"density/{self._probe}"]), self._H.space.size**-0.5
-        )
+    def _begin(self, probe: int) -> Krylov | ThreeTerm:
+        start = vectors.scale(self._H.space.rademacher(self._seed, [f"density/{probe}"]), self._H.space.size**-0.5)
         if self._home is None:
             return ThreeTerm(self._H, start)
         return Krylov(self._H, start, self._seed, restart=False, capacity=self._steps, home=self._home)

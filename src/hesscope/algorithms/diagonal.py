@@ -84,12 +84,13 @@ def diagonal(
     """
     method = "hutchinson" if method == "rademacher" else method
     _check(method, max_seconds, directions)
+    H = H.undivided()
     n = products_needed(H)
     exact = check_estimation("diagonal", method, budget, target_error, n, METHODS)
     exact = exact and not (method == "auto" and target_error is not None and n > _FEW)
     open_ended = target_error is not None or max_seconds is not None
     limits = Limits(probes_allowed(budget, 0.0 if open_ended else None), target_error, max_seconds)
-    seed = run_seed(seed, checkpoint)
+    seed = run_seed(seed, checkpoint, H.comm)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     options |= {k: v for k, v in (("max_seconds", max_seconds), ("directions", directions)) if v is not None}
     if exact:

@@ -54,7 +54,7 @@ def diagonal_study(
         >>> study.mean_errors.shape
         torch.Size([2, 2])
     """
-    methods, budgets = list(methods), sorted(set(budgets))
+    H, methods, budgets = H.undivided(), list(methods), sorted(set(budgets))
     _check(methods, budgets, seeds)
     flat = None if exact is None else _flat(exact, H, "exact")
     others = {name: _flat(found, H, name) for name, found in (references or {}).items()}

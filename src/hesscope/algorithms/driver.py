@@ -6,7 +6,7 @@ import platform
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,27 +69,35 @@ def drive(
     Raises:
         HesscopeError: the checkpoint is of another run, or damaged; or a probe of the operator fails.
     """
-    if checkpoint is None:
-        return _drive(H, iteration, options, None)
-    kept = opened(checkpoint)
-    with kept.held():
+    with H.comm.watched(), ExitStack() as stack:
+        if checkpoint is None:
+            return _drive(H, iteration, options, None)
+        kept = opened(checkpoint)
+        # The files are rank 0's business.
+        H.comm.on_first(lambda: _hold(stack, kept))
         fields = _drive(H, iteration, options, kept)
         if kept is not checkpoint:
-            kept.discard()
-    return fields
+            H.comm.on_first(kept.discard)
+        return fields
+
+
+def _hold(stack: ExitStack, kept: Checkpoint) -> None:
+    stack.enter_context(kept.held())
 
 
 def _drive(H: Operator, iteration: Iteration, options: dict[str, Any], kept: Checkpoint | None) -> dict[str, Any]:
     cost = _Cost(H)
-    saved = None if kept is None else kept.begin(identity(H, iteration.description, options, versions()))
+    named = None if kept is None else identity(H, iteration.description, options, versions())
+    saved = None if kept is None or named is None else H.comm.on_first(lambda: kept.begin(named))
     cost.products_before = H.products  # one product may have gone into the identity
     report: dict[str, float] | None = None
     resumed = 0
     if saved is not None:
-        iteration.restore(saved["state"])
+        iteration.restore(saved["state"] if H.space.divided is None else H.space.divided.state_own(saved["state"]))
         cost.continue_from(saved["cost"])
         report, resumed = saved["probe"], saved["resumed"] + 1
-        _say_resumed(kept, iteration, cost)
+        if H.comm.rank == 0:
+            _say_resumed(kept, iteration, cost)
     elif iteration.expected >= LONG_RUN:
         # The probe's own cost, graphs built for it included, stands in its report and not in the result's.
         products, units = H.products, H.units
@@ -98,11 +106,14 @@ def _drive(H: Operator, iteration: Iteration, options: dict[str, Any], kept: Che
         cost.products_before, cost.units_before = H.products, H.units
 
     def snapshot() -> dict[str, Any]:
-        return {"state": iteration.state(), "cost": cost.now(), "probe": report, "resumed": resumed}
+        state = iteration.state()
+        if H.space.divided is not None:
+            state = H.space.divided.state_gathered(state, keep=H.comm.rank == 0)
+        return {"state": state, "cost": cost.now(), "probe": report, "resumed": resumed}
 
     _step_until_done(H, iteration, cost, kept, snapshot)
     if kept is not None and kept.keep_finished:
-        kept.write(snapshot())
+        _write(H, kept, snapshot)
     return {**cost.now(), "provenance": provenance(H, options) | {"probe": report, "resumed": resumed}}
 
 
@@ -115,11 +126,20 @@ def _step_until_done(
             products = H.products
             iteration.step()
             shown.update(H.products - products, cost.products)
-            stop = asked_to_stop()
-            if kept is not None:
-                kept.offer(snapshot, last=stop)
+            due = [kept is not None and H.comm.rank == 0 and kept.is_due(last) for last in (False, True)]
+            stop, *due = H.comm.any(asked_to_stop(), *due)
+            if kept is not None and due[stop]:
+                _write(H, kept, snapshot)
             if stop:
                 raise KeyboardInterrupt
+
+
+def _write(H: Operator, kept: Checkpoint, snapshot: Callable[[], dict[str, Any]]) -> None:
+    """The ranks take the state together; rank 0 writes it, and the others wait for it."""
+    taken = snapshot()
+    with H.comm.summed():
+        if H.comm.rank == 0:
+            kept.write(taken)
 
 
 def _never() -> bool:
@@ -160,13 +180,18 @@ def _say_resumed(kept: Checkpoint | None, iteration: Iteration, cost: _Cost) -> 
 
 def provenance(H: Operator, options: dict[str, Any]) -> dict[str, Any]:
     """What a result was computed from and with."""
-    return {
-        "problem": H.origin(),
-        "selection": H.space.describe(),
-        "operator": H.describe(),
-        "options": options,
-        "versions": versions(),
-    }
+    error = H.known_error
+    return (
+        {
+            "problem": H.origin(),
+            "selection": H.space.describe(),
+            "operator": H.describe(),
+            "options": options,
+            "versions": versions(),
+        }
+        | ({} if (layout := H.comm.describe()) is None else {"processes": layout})
+        | ({} if error is None else {"product_error": error.describe()})
+    )
 
 
 def versions() -> dict[str, str]:

@@ -78,10 +78,10 @@ def eigs(
         tensor([-5.,  3.], dtype=torch.float64)
     """
     _require(H, k, which, tol, max_products, method)
-    seed = run_seed(seed, checkpoint)
+    seed = run_seed(seed, checkpoint, H.comm)
     given = start_vectors(H, start)
     options: dict[str, Any] = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed}
-    options |= {"method": method, "start": start_digest(given)}
+    options |= {"method": method, "start": start_digest(H, given)}
     if method == "power":
         if which != "LM" or max_basis is not None:
             raise HesscopeError("Expected which='LM' and no max_basis with method='power'; use method='lanczos'.")
@@ -96,7 +96,7 @@ def eigs(
             **spent,
             which=which,
             eigenvalues=search.values,
-            vectors=search.vectors(),
+            vectors=H.space.gathered(search.vectors()),
             residuals=search.residuals,
             tol=tol,
             converged=search.converged,
@@ -140,7 +140,7 @@ def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> in
     n, least = H.space.size, min(k + 2, H.space.size)
     if max_basis is not None and max_basis < least:
         raise HesscopeError(f"Expected max_basis of at least {least} for {k} pairs, got {max_basis}.")
-    fits = home.free_bytes(H.space) // (2 * n * H.dtype.itemsize)
+    fits = H.comm.on_first(lambda: home.free_bytes(H.space)) // (2 * n * H.dtype.itemsize)
     if fits < least:
         raise HesscopeError(
             f"Expected room for a basis of {least} vectors of {n} coordinates; only {fits} fit. Try basis_device='cpu', "

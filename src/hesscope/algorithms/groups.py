@@ -67,8 +67,9 @@ def groups(
                 [2., 2.]], dtype=torch.float64)
     """
     _require(probes, steps, max_products, tol)
+    H = H.undivided()
     parts = grouped(H.space, by)
-    seed = run_seed(seed, checkpoint)
+    seed = run_seed(seed, checkpoint, H.comm)
     home = Home.of(basis_device, basis_folder)
     run = _Run(Tally(H), list(parts.values()), probes, steps, max_products, tol, seed, home)
     said = by if isinstance(by, str) else "a function of names"

@@ -24,7 +24,8 @@ from hesscope.space import Vectors, vectors
 class Krylov:
     """A Lanczos run under way.
 
-    Differences from the textbook: two passes of classical Gram-Schmidt against the whole basis in every step (numerics);
+    Differences from the textbook: after the terms that A's symmetry leaves, a pass of classical Gram-Schmidt against the whole
+    basis in every step, and one more where that removed more than rounding (numerics);
     where the Krylov space ends early, `restart` continues with a fresh random direction and beta = 0, which is how a
     multiple eigenvalue or the kernel of A is found, and otherwise the run is over.
     """
@@ -80,11 +81,22 @@ class Krylov:
 
     def step(self) -> None:
         """One product."""
+        q = self.begin()
+        self.finish(q, self._H.matmat(q))
+
+    def begin(self) -> Vectors:
+        """The vector that the next step multiplies."""
         q = self._Q.append(self._next)
-        w = self._H.matmat(q)
+        self._next = {}  # a vector less beside the product
+        return q
+
+    def finish(self, q: Vectors, w: Vectors) -> None:
+        """The step, with the product A q at hand; w is used up."""
         require_finite(self._H, w)
         self.alphas.append(float(self._H.space.inner(q, w)))
-        w, h = self._Q.orthogonalise(w)
+        # The vectors that A q has a part along: itself and the one before, or all of them right after a restart.
+        near = self.m if self.m - 1 <= len(self._arrow) else 2
+        w, h = self._Q.orthogonalise_(w, near)
         self._made += 1
         self._note_coefficients(h[:, 0])
         beta = float(self._H.space.norms(w))

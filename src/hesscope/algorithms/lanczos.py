@@ -55,23 +55,24 @@ def lanczos(
         raise HesscopeError(
             "Expected reorthogonalize=True with keep_basis=True: the three-term form has no basis to return."
         )
-    seed = run_seed(seed, checkpoint)
+    seed = run_seed(seed, checkpoint, H.comm)
     first = _start(H, start, seed)
     options = {
         "steps": steps,
         "seed": seed,
         "keep_basis": keep_basis,
-        "start": None if start is None else start_digest(first),
+        "start": None if start is None else start_digest(H, first),
         "reorthogonalize": reorthogonalize,
     }
     home = Home.of(basis_device, basis_folder)
     krylov = (
         Krylov(H, first, seed, restart=False, capacity=steps, home=home) if reorthogonalize else ThreeTerm(H, first)
     )
+    del first  # the run holds what it needs of it
     run = LanczosIteration(krylov, steps, "lanczos")
     spent = drive(H, run, options, checkpoint)
     nodes, weights = krylov.quadrature()
-    basis = H.space.place(krylov.basis) if keep_basis and isinstance(krylov, Krylov) else {}
+    basis = H.space.gathered(H.space.place(krylov.basis)) if keep_basis and isinstance(krylov, Krylov) else {}
     return LanczosRun(**spent, T=krylov.T, nodes=nodes, weights=weights,
                       residual_norm=krylov.residual_norm, basis_vectors=basis, seed=seed)  # fmt: skip
 

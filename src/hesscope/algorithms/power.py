@@ -62,7 +62,7 @@ def power(
     errors = torch.tensor(run.errors, dtype=torch.float64)
     order = values.abs().argsort(descending=True, stable=True)
     good = (residuals <= torch.clamp(max(tol, H.space.rounding) * values.abs(), min=run.floor))[order]
-    return Eigenpairs(**spent, which="LM", eigenvalues=values[order], vectors=H.space.combine(found, torch.eye(k, dtype=torch.float64)[:, order]), tol=tol,
+    return Eigenpairs(**spent, which="LM", eigenvalues=values[order], vectors=H.space.gathered(H.space.combine(found, torch.eye(k, dtype=torch.float64)[:, order])), tol=tol,
                       residuals=residuals[order], converged=bool(good.all()), steps=run.made, seed=seed, method="power",
                       eigenvalue_standard_error=errors[order], degrees_of_freedom=run.degrees)  # fmt: skip
 

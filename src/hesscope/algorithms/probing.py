@@ -8,6 +8,7 @@ import torch
 
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
+from hesscope.operators.product_error import asymmetry
 from hesscope.space import Vectors, vectors
 
 
@@ -38,20 +39,12 @@ def probe(H: Operator, seed: int = 0) -> dict[str, float]:
 
 def tolerated(H: Operator) -> float:
     """The largest relative discrepancy of a product that may pass for rounding."""
-    return H.space.tolerance
+    return H.tolerance
 
 
 def symmetry(H: Operator, u: Vectors, v: Vectors, Hu: Vectors, Hv: Vectors) -> float:
-    """|<u, Hv> - <v, Hu>| / ((|u| |Hv| + |v| |Hu|) / (2 sqrt(n))).
-
-    For independent sign vectors <u, Hv> is of the size |Hv| = |u| |Hv| / sqrt(n). Relative to |u| |Hv| itself, a map
-    without any symmetry would come out as sqrt(2 / n), which for large n passes for rounding.
-    """
-    inner = H.space.inner
-    scale = 0.5 * float(H.space.norms(u) * H.space.norms(Hv) + H.space.norms(v) * H.space.norms(Hu))
-    scale /= math.sqrt(H.space.size)
-    gap = abs(float(inner(u, Hv)) - float(inner(v, Hu)))
-    return gap / scale if scale > 0 else 0.0
+    """|<u, Hv> - <v, Hu>| relative to its size for a map without any symmetry."""
+    return asymmetry(H.space, u, v, Hu, Hv)
 
 
 def difference(H: Operator, x: Vectors, y: Vectors) -> float:
@@ -63,7 +56,8 @@ def difference(H: Operator, x: Vectors, y: Vectors) -> float:
 def require_finite(H: Operator, x: Vectors) -> None:
     """Raise HesscopeError where a product holds infinities or NaN, naming the first parameter."""
     for name, part in x.items():
-        if not bool(torch.isfinite(part).all()):
+        # A sum of squares shows any of them in a tenth of the time; it may also overflow by itself.
+        if not math.isfinite(float(torch.linalg.vector_norm(part))) and not bool(torch.isfinite(part).all()):
             raise HesscopeError(
                 f"The product is not finite in {name}: the loss's second derivative overflows there; try dtype float64."
             )

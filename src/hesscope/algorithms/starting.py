@@ -35,12 +35,12 @@ def start_vectors(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor] | 
 def _read(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor]) -> Vectors:
     if isinstance(start, Eigenpairs):
         if {name: tuple(v.shape[1:]) for name, v in start.vectors.items()} != {
-            c.name: c.shape for c in H.space.coordinates
+            c.name: c.whole.shape for c in H.space.coordinates
         }:
             raise HesscopeError(
                 "Expected start to be a result on the same selection as this operator; select it again."
             )
-        return {name: part.to(H.dtype) for name, part in H.space.place(start.vectors).items()}
+        return {name: part.to(H.dtype) for name, part in H.space.own(H.space.whole.place(start.vectors)).items()}
     if isinstance(start, dict):
         return H.space.from_dict(start)
     if start.dim() not in (1, 2) or start.shape[0] != H.space.size or start.numel() == 0:
@@ -48,12 +48,12 @@ def _read(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor]) -> Vector
     return H.space.unflatten(start if start.dim() == 2 else start[:, None])
 
 
-def start_digest(given: Vectors | None) -> str | None:
+def start_digest(H: Operator, given: Vectors | None) -> str | None:
     """A SHA-256 of start vectors, for the record."""
     if given is None:
         return None
     digest = hashlib.sha256()
-    for part in given.values():
+    for part in H.space.gathered(given).values():
         update_with_tensor(digest, part)
     return digest.hexdigest()
 

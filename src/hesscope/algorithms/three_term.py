@@ -51,8 +51,16 @@ class ThreeTerm:
 
     def step(self) -> None:
         """One product."""
-        space, q = self._H.space, self._q
-        w = self._H.matmat(q)
+        q = self.begin()
+        self.finish(q, self._H.matmat(q))
+
+    def begin(self) -> Vectors:
+        """The vector that the next step multiplies."""
+        return self._q
+
+    def finish(self, q: Vectors, w: Vectors) -> None:
+        """The step, with the product A q at hand."""
+        space = self._H.space
         require_finite(self._H, w)
         if self.betas:
             # Before alpha is taken: the variant that Paige (1972) found the most stable.

@@ -59,7 +59,7 @@ def trace(
         3.0
     """
     exact = check_estimation("trace", method, budget, target_error, products_needed(H), _METHODS)
-    seed, most = run_seed(seed, checkpoint), probes_allowed(budget, target_error)
+    seed, most = run_seed(seed, checkpoint, H.comm), probes_allowed(budget, target_error)
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     n = H.space.size
     if exact:
@@ -80,7 +80,8 @@ def trace(
 
 def _choice(H: Operator, budget: int) -> str:
     vectors_needed = 2 * min(budget, H.space.size)
-    fits = vectors_needed * H.space.size * H.dtype.itemsize < available_bytes(H.space.device) // 2
+    free = H.comm.on_first(lambda: available_bytes(H.space.device))
+    fits = vectors_needed * H.space.size * H.dtype.itemsize < free // 2
     return "xnystrace" if H.positive_semidefinite and fits and budget >= 15 else "hutchinson"
 
 

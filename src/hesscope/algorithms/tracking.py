@@ -92,20 +92,22 @@ class _Kept:
     def eigs(self, name: str, H: Operator, wanted: dict[str, Any]) -> Eigenpairs:
         """Those that are there, of this very search; otherwise found and saved."""
         folder = self._folders[name]
-        if not self._restart and (folder / MANIFEST).exists():
+        if H.comm.on_first(lambda: not self._restart and (folder / MANIFEST).exists()):
             return self._found(folder, H, wanted)
         state = Checkpoint(
             folder.with_name(f"{folder.name}.partial"), every=self._every, restart=self._restart, say=self._say
         )
         pairs = eigs(H, **wanted, checkpoint=state)
-        pairs.save(folder, overwrite=self._restart)
-        state.discard()
+        with H.comm.summed():  # the others wait until it is there
+            if H.comm.rank == 0:
+                pairs.save(folder, overwrite=self._restart)
+                state.discard()
         return pairs
 
     def _found(self, folder: Path, H: Operator, wanted: dict[str, Any]) -> Eigenpairs:
         pairs = load(folder)
         options = {key: wanted.get(key, default) for key, default in _OPTIONS.items()}
-        options |= {"start": start_digest(start_vectors(H, wanted.get("start")))}
+        options |= {"start": start_digest(H, start_vectors(H, wanted.get("start")))}
         if not isinstance(pairs, Eigenpairs) or _identity(pairs.provenance) != _identity(provenance(H, options)):
             raise HesscopeError(
                 f"The folder {str(folder)!r} holds another run; choose another folder, or compute everything anew "
@@ -190,7 +192,7 @@ class _Track:
 
 
 def _vectors(H: Operator, pairs: Eigenpairs) -> dict[str, Tensor]:
-    return {name: part.to(H.dtype) for name, part in H.space.place(pairs.vectors).items()}
+    return {name: part.to(H.dtype) for name, part in H.space.own(H.space.whole.place(pairs.vectors)).items()}
 
 
 def _difference(one: Space, other: Space) -> str:

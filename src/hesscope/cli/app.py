@@ -98,6 +98,9 @@ def diagonal(
     target_error: _Target = None,
     max_seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds of work.")] = None,
     directions: Annotated[int | None, typer.Option(help="How many --method deflated removes; half by default.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Run a few columns, say what the exact diagonal would take, and stop.")
+    ] = False,
 ) -> None:
     """The diagonal: exact, or estimated with a standard error for every entry.
 
@@ -106,6 +109,9 @@ def diagonal(
     """
     import hesscope as hs
 
+    if plan:
+        typer.echo(hs.plan_exact_diagonal(make_operator(common)).summary())
+        return
     folder = output_folder(common, "diagonal")
     own = {"method": method, "budget": budget, "target_error": target_error}
     own |= {"max_seconds": max_seconds, "directions": directions}
@@ -425,6 +431,43 @@ def perplexity_study(common: CommonOptions) -> None:
     from hesscope.cli.studying import run_perplexity_study
 
     run_perplexity_study(common)
+
+
+@app.command()
+@with_common_options
+def plan(
+    common: CommonOptions,
+    what: Annotated[
+        str,
+        typer.Option(help="eigs, lanczos, block, diagonal, trace, density or product: how many products there are."),
+    ] = "eigs",
+    products: Annotated[int | None, typer.Option(help="That number itself.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Run a short sequence, which makes seconds more certain.")
+    ] = True,
+    ranks: Annotated[int | None, typer.Option(help="Plan for so many ranks of a cluster, with --layout.")] = None,
+    ranks_per_node: Annotated[int, typer.Option(help="Ranks of a machine, for --layout hsdp.")] = 8,
+    batches: Annotated[int | None, typer.Option(help="Batches in all; one a rank by default.")] = None,
+    basis: Annotated[int, typer.Option(help="Vectors that the algorithm keeps, on --ranks.")] = 30,
+    flops: Annotated[float, typer.Option(help="Operations a second of a rank, as reached.")] = 4e14,
+    bandwidth: Annotated[float, typer.Option(help="Bytes a second that a rank sends.")] = 5e10,
+    device_memory: Annotated[str, typer.Option(help="Memory of a rank's device.")] = "80GB",
+) -> None:
+    """Memory and time with every engine, before anything heavy is run, and what would fit.
+
+    Without --data no weights are loaded: the configuration, --length and --batch-size are enough.
+
+    Example: hesscope plan --model demo --length 64 --batch-size 2 --what block --params 'model.layers.3.mlp.*'
+    """
+    from hesscope.cli.planning import run_cluster_plan, run_plan
+
+    if ranks is None:
+        run_plan(common, what, products, measure)
+    else:
+        run_cluster_plan(
+            common, ranks, ranks_per_node=ranks_per_node, batches=batches, basis=basis, flops=flops, bandwidth=bandwidth,
+            device_memory=device_memory,
+        )  # fmt: skip
 
 
 @app.command()

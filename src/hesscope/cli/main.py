@@ -8,8 +8,9 @@ import signal
 import sys
 import warnings
 
+from hesscope.cli import ranks
 from hesscope.cli.resuming import Stopped
-from hesscope.errors import HesscopeError, HesscopeWarning
+from hesscope.errors import HesscopeError, HesscopeWarning, RankLost
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -30,10 +31,12 @@ def run(arguments: list[str]) -> int:
     _quieten()
     try:
         status = app(args=arguments, prog_name="hesscope", standalone_mode=True)
+    except RankLost as lost:
+        return _say(str(lost), FAILURE)
     except HesscopeError as error:
         return _say(str(error), BAD_INPUT)
     except Stopped as stop:
-        return _say(str(stop), INTERRUPTED)
+        return _say(str(stop), INTERRUPTED) if ranks.speaks() else INTERRUPTED
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
@@ -50,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    return _say("Interrupted; no result was left half-written.", INTERRUPTED)
+    return _say("Interrupted; no result was left half-written.", INTERRUPTED) if ranks.speaks() else INTERRUPTED
 
 
 def _unexpected(error: Exception) -> str:
@@ -62,7 +65,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def _say(sentence: str, status: int) -> int:
-    print(f"hesscope: {sentence}", file=sys.stderr)
+    ranks.say(sentence)
     return status
 
 

@@ -1,22 +1,97 @@
-"""`hesscope structure --plan`: what a run would take, from configurations alone."""
+"""`hesscope plan`, and `hesscope structure --plan`: what a run would take."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 from hesscope.cli.cases import Case, cases
 from hesscope.cli.options import CommonOptions
-from hesscope.cli.running import make_space, model_source
+from hesscope.cli.running import make_problem, make_space, model_source, output_folder, write_run
+from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from hesscope.problem import Problem
+    from hesscope.results import Plan
     from hesscope.space import Space
 
 _GIB = 2**30
 _MOST_LABELS = 200_000
+
+
+def run_plan(common: CommonOptions, what: str, products: int | None, measure: bool) -> None:
+    """Print a plan; write its folder where one is named."""
+    from hesscope.planning import plan
+
+    if common.output_dir is not None:
+        output_folder(common, "plan")
+    problem = _without_weights(common) if common.data is None and common.model is not None else make_problem(common)
+    engines = None if common.engine == "auto" else [common.engine]
+    operator = common.operator
+    found = plan(problem, make_space(common, problem), operator, what, products, engines, common.memory, measure)
+    Console(highlight=False).print(_table(found))
+    lines = [f"{name}: {row['remark']}" for name, row in found.engines.items() if "peak_bytes" not in row]
+    lines += found.summary().splitlines()[-2:]
+    Console(highlight=False, soft_wrap=True).print("\n".join(lines), markup=False)
+    if common.output_dir is not None:
+        own = {"what": what, "products": products, "measure": measure}
+        write_run(found, common.output_dir, {**dataclasses.asdict(common), **own}, overwrite=common.overwrite)
+        Console(highlight=False, soft_wrap=True).print(f"written to {common.output_dir}", markup=False)
+
+
+def run_cluster_plan(common: CommonOptions, ranks: int, **stated: Any) -> None:
+    """Print what a product takes on every rank of a cluster."""
+    from hesscope.planning import plan_cluster
+
+    if common.data is not None or common.output_dir is not None:
+        raise HesscopeError(
+            "Expected no --data and no --output-dir with --ranks: the plan is of a configuration, and printed."
+        )
+    if common.model is None:
+        raise HesscopeError("Expected --model: a Hub id, a folder with a config.json, or 'demo'.")
+    problem = _without_weights(common)
+    found = plan_cluster(problem, make_space(common, problem), ranks, common.layout, **stated)
+    of = f"{found.shape.weights:,} weights, {found.shape.coordinates:,} selected; {ranks} ranks, --layout {common.layout}"
+    lines = [
+        f"a Hessian product on every rank: {of}",
+        found.summary(),
+        "a prediction from the model's shape: nothing was run",
+    ]
+    Console(highlight=False, soft_wrap=True).print("\n".join(lines), markup=False)
+
+
+def _without_weights(common: CommonOptions) -> Problem:
+    from hesscope.planning import skeleton_problem
+
+    shape = common.length, min(common.batch_size, common.sequences or common.batch_size), common.sequences
+    return skeleton_problem(_skeleton(common), *shape, loss=common.loss, objective=common.objective)
+
+
+def _table(found: Plan) -> Table:
+    from hesscope.results.plan import in_bytes, in_seconds
+
+    title = f"{found.what}: at most {found.wanted_products:,} products; {in_bytes(found.memory)} free"
+    table = Table(title=title, title_justify="left")
+    for name, side in (
+        ("engine", "left"),
+        ("a product", "right"),
+        ("in all", "right"),
+        ("peak memory", "right"),
+        ("", "left"),
+    ):
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    for name, row in found.engines.items():
+        if "peak_bytes" not in row:
+            table.add_row(name, "", "", "", "does not run")
+            continue
+        times = in_seconds(row["further_seconds"]), in_seconds(row["total_seconds"])
+        table.add_row(name, *times, in_bytes(row["peak_bytes"]), "fits" if row["fits"] else "does not fit")
+    return table
 
 
 def plan_structure(common: CommonOptions, losses: str | None) -> None:

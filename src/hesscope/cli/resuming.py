@@ -14,7 +14,20 @@ if TYPE_CHECKING:
     from hesscope.cli.options import CommonOptions
 
 #: Options that leave the numbers as they are.
-DECIDE_NOTHING = frozenset({"output_dir", "overwrite", "also_pt", "config", "checkpoint_every", "restart"})
+DECIDE_NOTHING = frozenset(
+    {
+        "output_dir",
+        "overwrite",
+        "also_pt",
+        "config",
+        "checkpoint_every",
+        "restart",
+        "timeout",
+        "memory",
+        "force",
+        "check",
+    }
+)
 
 
 class Stopped(Exception):

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hesscope.cli.config import read_indices
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.ranks import comm, shared
 from hesscope.cli.resuming import result_folder
 from hesscope.errors import HesscopeError
 
@@ -28,8 +29,20 @@ if TYPE_CHECKING:
 
 #: Fields of the common options that go to `hesscope.causal_lm` as they are.
 _PROBLEM_FIELDS = (
-    *("model", "revision", "tokenizer", "length", "sequences", "batch_size", "dtype", "device"),
-    *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed"),
+    *(
+        "model",
+        "revision",
+        "tokenizer",
+        "length",
+        "sequences",
+        "batch_size",
+        "dtype",
+        "device",
+        "device_map",
+        "offload_folder",
+        "borders",
+    ),
+    *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed", "attention"),
 )
 #: Fields that go to `hesscope.select`.
 _SELECTION_FIELDS = ("layers", "blocks", "rows", "first", "random", "seed")
@@ -74,13 +87,15 @@ def make_problem(common: CommonOptions) -> Problem:
     if common.data is None:
         raise HesscopeError("Expected --data: a Hub dataset, a .txt, .jsonl or .parquet file, or 'demo'.")
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
+    if common.layout != "data":
+        keywords["device"] = "cpu"  # no device has to hold it whole
     data: Any = common.data
     keywords["model"] = model_source(common)
     if common.data == _DEMO:
         from hesscope.assets import prose
 
         data, keywords["pack"] = [prose("held_out")], True
-    return causal_lm(data=data, **keywords)
+    return shared(causal_lm(data=data, **keywords), dataclasses.asdict(common))
 
 
 def make_space(common: CommonOptions, problem: Problem | nn.Module) -> Space:
@@ -121,6 +136,10 @@ def _settings(common: CommonOptions, taken: set[str]) -> dict[str, Any]:
             raise HesscopeError(
                 f"Expected --{name} only with a Fisher matrix, got it with --operator {common.operator}."
             )
+    if common.precision is not None and "precision" not in taken:
+        raise HesscopeError(
+            f"Expected --precision with an operator that is made of products, got it with --operator {common.operator}."
+        )
     settings = given | {"engine": common.engine, "seed": common.seed}
     return {name: value for name, value in settings.items() if name in taken and value is not None}
 
@@ -166,9 +185,11 @@ def finish(
     options = {**dataclasses.asdict(common), "separately": _PREPARED.get() is not None, **own}
     write_run(result, folder, options, overwrite=common.overwrite, also_pt=common.also_pt, drawn=drawn)
     if kept is not None:
-        kept.discard()
+        comm().on_first(kept.discard)
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
+    if error := result.product_error_line():
+        console.print(error, markup=False)
     console.print(f"written to {folder}", markup=False)
 
 
@@ -181,15 +202,18 @@ def write_run(
     also_pt: bool = False,
     drawn: dict[str, Any] | None = None,
 ) -> Path:
-    """Result, manifest with the resolved options, and figure in one folder, all or nothing."""
+    """Result, manifest with the resolved options, and figure in one folder, all or nothing; rank 0 does it, the others wait."""
     from hesscope.results.base import require_free, staged
 
     resolved = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     result = dataclasses.replace(result, provenance={**result.provenance, "command": resolved})
-    require_free(folder, overwrite)
-    with staged(folder) as stage:
-        result.write(stage, also_pt)
-        result.plot(stage / f"{result.kind}.png", **(drawn or {}))
-        for name, options_of_view in result.views().items():
-            result.plot(stage / f"{name}.png", **options_of_view)
+    with comm().summed():
+        if comm().rank > 0:
+            return folder
+        require_free(folder, overwrite)
+        with staged(folder) as stage:
+            result.write(stage, also_pt)
+            result.plot(stage / f"{result.kind}.png", **(drawn or {}))
+            for name, options_of_view in result.views().items():
+                result.plot(stage / f"{name}.png", **options_of_view)
     return folder

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.ranks import comm
 from hesscope.cli.resuming import DECIDE_NOTHING, Stopped, checkpoint
 from hesscope.cli.running import make_problem, make_space, output_folder, prepared
 from hesscope.cli.showing import list_runs
@@ -77,6 +78,10 @@ def _run_each(common: CommonOptions, command: Callable[..., None], own: dict[str
 
 def is_done(common: CommonOptions, own: dict[str, Any], problem: Problem, space: Space) -> bool:
     """Whether the folder holds this layer's result of this very command, on the same problem and with the same packages."""
+    return comm().on_first(lambda: _is_done(common, own, problem, space))
+
+
+def _is_done(common: CommonOptions, own: dict[str, Any], problem: Problem, space: Space) -> bool:
     from hesscope.algorithms.driver import versions
     from hesscope.results.base import MANIFEST, jsonable
 

@@ -39,6 +39,8 @@ def show_folder(folder: Path, plot: Path | None, absolute: bool = False) -> None
         raise HesscopeError(f"Expected --absolute with --plot and the run of a block, got a run of {result.kind!r}.")
     console = Console(highlight=False, soft_wrap=True)
     console.print(result.summary(), markup=False)
+    if error := result.product_error_line():
+        console.print(error, markup=False)
     facts = _facts(result.provenance)
     width = max((len(key) for key, _ in facts), default=0)
     for key, value in facts:

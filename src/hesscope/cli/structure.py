@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hesscope.cli.cases import Case, cases
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.ranks import comm
 from hesscope.cli.resuming import checkpoint, stopped_in_words
 from hesscope.cli.running import make_problem, operator_of, output_folder, write_run
 from hesscope.errors import HesscopeError
@@ -67,7 +68,7 @@ def _run(case: Case, H: Operator, folder: Path, keep_block: bool) -> Structure:
         write_run(exact, folder / "block", options, overwrite=True, also_pt=case.common.also_pt)
     result = structure(exact)
     write_run(result, folder, options, overwrite=overwrite)
-    kept.discard()
+    comm().on_first(kept.discard)
     return result
 
 
@@ -77,7 +78,7 @@ def _finished(folder: Path, H: Operator) -> Structure | None:
     from hesscope.results import Structure, load
     from hesscope.results.base import MANIFEST
 
-    if not (folder / MANIFEST).exists():
+    if not comm().on_first(lambda: (folder / MANIFEST).exists()):
         return None
     earlier, now = load(folder), provenance(H, {})
     if isinstance(earlier, Structure) and _identity(earlier.provenance) == _identity(now):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hesscope.cli.options import CommonOptions
+from hesscope.cli.ranks import comm
 from hesscope.cli.running import make_problem, make_space, output_folder, prepared
 from hesscope.cli.separate import is_done
 from hesscope.cli.showing import list_runs, load_kind
@@ -51,7 +52,8 @@ def run_study_grid(
     finally:
         lines = {", ".join([f"{n} sequences", where]): run.summary() for (n, where), run in found.items()}
         list_runs(f"{len(found)} studies in {folder}:", {key: text.splitlines()[-1] for key, text in lines.items()})
-    draw_study_grid(found, folder / FIGURE)
+    if comm().rank == 0:
+        draw_study_grid(found, folder / FIGURE)
 
 
 def _blocks(wanted: str | None, otherwise: str | None, model: nn.Module) -> Sequence[int | None]:

@@ -13,11 +13,14 @@ from collections.abc import Callable
 
 import torch
 
-from hesscope.engines.base import Engine, Linearization
+from hesscope.engines.base import Differential, Engine, Linearization
 from hesscope.engines.checking import disagreement, tolerated
+from hesscope.engines.dry import DryRuns
 from hesscope.engines.forward_context import NotInForwardMode
 from hesscope.engines.forward_mode import ForwardMode, ForwardOverReverse, ReverseOverForward
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -38,7 +41,7 @@ class Auto(Engine):
 
     def __init__(self) -> None:
         self._engine: Engine = ReverseOverReverse()
-        self._measured = False
+        self._measured = self._settled = False
         self.note = f"{self._engine.name}: not measured, the run is short"
         self._copy_units()
 
@@ -47,8 +50,32 @@ class Auto(Engine):
         """The name of the engine that runs."""
         return self._engine.name
 
+    def choose(self, name: str, note: str) -> None:
+        """Let the engine of that name run, for the reason in `note`."""
+        if name != self.chosen:
+            self._engine = next(kind() for kind in self.candidates if kind.name == name)
+            self._copy_units()
+        self.note = note
+
+    @property
+    def settled(self) -> bool:
+        """Whether another engine runs for want of memory, and nothing is measured."""
+        return self._settled
+
+    def settle(self, engine: Engine, reason: str) -> None:
+        """Let another engine run from now on."""
+        self._engine, self._measured, self._settled = engine, True, True
+        self.note = f"{engine.name}: {reason}"
+        self._copy_units()
+
+    def prepare(self, problem: Problem, space: Space) -> float:
+        return self._engine.prepare(problem, space) if self._settled else 0.0
+
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return self._engine.linearize(problem, b, space)
+
+    def gradient_alone(self, problem: Problem, b: int, space: Space) -> Differential | None:
+        return self._engine.gradient_alone(problem, b, space)
 
     def due(self, problem: Problem, products: int) -> bool:
         """Whether it is time to measure, after so many products."""
@@ -76,6 +103,9 @@ class Auto(Engine):
         best, shortest, found = self._engine, CLEARLY_FASTER * own, [f"{reverse.name} {own / K:.2g}"]
         for kind in self.candidates:
             engine = kind()
+            if too_large := _does_not_fit(kind, problem, space, K):
+                found.append(f"{engine.name} {too_large}")
+                continue
             taken, remark, units = _trial(engine, problem, space, V, expected)
             spent += units
             found.append(f"{engine.name} {remark}")
@@ -105,6 +135,16 @@ def _trial(engine: Engine, problem: Problem, space: Space, V: Vectors, expected:
     agrees = gap <= tolerated(space)
     remark = f"{taken / vectors.count(V):.2g}, {'' if agrees else 'wrong, '}differs by {gap:.1e}"
     return taken if agrees else math.inf, remark, engine.units(1, passes.passes, 2 * vectors.count(V))
+
+
+def _does_not_fit(kind: type[ForwardMode], problem: Problem, space: Space, count: int) -> str:
+    """What an engine's product would take, where that is more than there is; nothing where it fits or is not known."""
+    try:
+        needed = DryRuns(problem, space).product(kind, count, checked=False).resident
+    except HesscopeError:
+        return ""
+    available = available_bytes(problem.device)
+    return f"not tried (would take {needed / 1e9:.2f} GB of {available / 1e9:.2f})" if needed > available else ""
 
 
 def _seconds(problem: Problem, work: Callable[[], object]) -> float:

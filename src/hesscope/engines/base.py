@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
-from hesscope.models import named_parameters
+from hesscope.losses import Loss
+from hesscope.models import elsewhere, named_parameters, values_of
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 
 
-class Linearization(ABC):
-    """One batch's loss, differentiated once and ready to be differentiated again along any vectors.
+class Differential(ABC):
+    """One batch's summed loss and its gradient; nothing is divided by a count here."""
 
-    All quantities belong to the batch's summed loss; nothing is divided by a count here.
-    """
-
-    #: Bytes held for later products, beyond the parameters.
-    bytes: int
     #: The summed loss.
     total: float
-    #: An estimate of the products' relative error, the largest so far; zero for an engine that is exact up to rounding.
-    error: float = 0.0
     #: Selected parameters on which this batch's loss does not depend.
     unused: list[str]
-    #: Passes over the parameters that products have made so far, where an engine shares them between a call's vectors.
-    passes: int = 0
     #: What the gradient would cost now, in forward passes of the batch.
     gradient_units: float = 0.0
 
     @abstractmethod
     def gradient(self) -> Vectors:
         """The gradient of the sum, one vector."""
+
+
+class Linearization(Differential):
+    """One batch's summed loss, differentiated once and ready to be differentiated again along any vectors."""
+
+    #: Bytes held for later products, beyond the parameters.
+    bytes: int
+    #: Whether `bytes` are known before the first product; asking for them earlier costs a forward pass.
+    settled: bool = True
+    #: An estimate of the products' relative error, the largest so far; zero for an engine that is exact up to rounding.
+    error: float = 0.0
+    #: Passes over the parameters that products have made so far, where an engine shares them between a call's vectors.
+    passes: int = 0
+    #: How the loss takes the model's output projection, in words; empty where there is nothing to say.
+    head: str = ""
 
     @abstractmethod
     def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
@@ -72,23 +80,62 @@ class Engine(ABC):
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         """Prepare batch b."""
 
+    def gradient_alone(self, problem: Problem, b: int, space: Space) -> Differential | None:
+        """Batch b where no product is wanted, if that is cheaper than a linearization; None if it is not."""
+        return None
+
 
 def parameter_values(problem: Problem, space: Space) -> dict[str, Tensor]:
     """The selected parameters' values, sharing storage with the model and detached from any graph."""
+    require_recording()
+    parameters = named_parameters(problem.model)
+    return {name: values_of(problem.model, name, parameters[name]) for name in space.names}
+
+
+def require_recording() -> None:
+    """Raise HesscopeError in inference mode."""
     if torch.is_inference_mode_enabled():
         raise HesscopeError(
             "Expected to be able to differentiate, but torch.inference_mode() is on, under which nothing is recorded; "
             "leave it (torch.no_grad() does no harm)."
         )
-    parameters = named_parameters(problem.model)
-    return {name: parameters[name].detach() for name in space.names}
 
 
-def gradient_parts(problem: Problem, b: int, values: dict[str, Tensor]) -> tuple[float, dict[str, Tensor | None]]:
-    """The loss of batch b and its gradient at these values; None for a parameter that the loss does not use."""
+class ValuesOnDemand(Mapping[str, Tensor]):
+    """`parameter_values` of which an offloaded one is brought whenever it is asked for, in the middle of a run too, and not kept."""
+
+    def __init__(self, problem: Problem, space: Space) -> None:
+        named = named_parameters(problem.model)
+        self._store = elsewhere(problem.model)
+        self._parameters = {name: named[name] for name in space.names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._store.load(name) if self._elsewhere(name) else self._parameters[name].detach()  # type: ignore[union-attr]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def device(self, name: str) -> torch.device:
+        """Where a parameter's values come to."""
+        return self._store.device(name) if self._elsewhere(name) else self._parameters[name].device  # type: ignore[union-attr]
+
+    def _elsewhere(self, name: str) -> bool:
+        return self._store is not None and name in self._store
+
+
+def gradient_parts(
+    problem: Problem, b: int, values: dict[str, Tensor], loss: Loss | None = None
+) -> tuple[float, dict[str, Tensor | None]]:
+    """The loss of batch b and its gradient at these values; None for a parameter that the loss does not use.
+
+    `loss` stands in for the problem's own.
+    """
     leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
     with torch.enable_grad():
-        total, _ = problem.total(b, leaves)
+        total, _ = problem.total(b, leaves, loss=loss)
         if not total.requires_grad:
             return float(total), dict.fromkeys(leaves)
         parts = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

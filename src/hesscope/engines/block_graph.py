@@ -20,13 +20,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hesscope.arithmetic import linear_passes
 from hesscope.engines.base import parameter_values
+from hesscope.engines.forward_rules import Replacing
 from hesscope.engines.linear_uses import Box, Perturbation, PerturbLinears
 from hesscope.engines.reverse_over_reverse import (
     SavedBytes,
     missing_derivatives_in_words,
     require_second_derivative,
 )
+from hesscope.engines.second_derivatives import WRITTEN_OUT
 from hesscope.losses import Loss
 from hesscope.problem import Problem
 from hesscope.space import Coordinates, Space
@@ -56,7 +59,7 @@ class BlockGraph:
         self._place_leaves(problem, space, boxes, through_positions, copies, sequences)
         meter = SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-            with PerturbLinears(self._linear, self._values):
+            with Replacing(WRITTEN_OUT), PerturbLinears(self._linear, self._values):
                 total, _ = problem.total(b, self._values, loss=loss, copies=copies)
             self._gradients = self._differentiate(total)
         require_second_derivative(list(self._gradients.values()))
@@ -133,7 +136,7 @@ class BlockGraph:
         """The derivative of <gradient, seed> in every selected coordinate, copies and sequences apart: [K, S, n]."""
         if gradient is None or not gradient.requires_grad:
             return self._gathered({})
-        with missing_derivatives_in_words():
+        with missing_derivatives_in_words(), linear_passes():
             found = torch.autograd.grad(
                 gradient, list(self._weight_leaves.values()), seed, retain_graph=True, allow_unused=True
             )

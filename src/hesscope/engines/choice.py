@@ -6,9 +6,10 @@ from hesscope.engines.auto import Auto
 from hesscope.engines.base import Engine
 from hesscope.engines.finite_difference import FiniteDifference
 from hesscope.engines.forward_mode import ForwardOverReverse, ReverseOverForward
+from hesscope.engines.output_tails import Middle
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.engines.streaming import Streamed, StreamedThroughOutputs
-from hesscope.engines.through_outputs import Middle, ThroughOutputs
+from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.errors import HesscopeError
 
 ENGINES: dict[str, type[Engine]] = {

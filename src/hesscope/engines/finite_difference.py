@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
+from hesscope.losses import head_loss, head_note
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -34,10 +35,12 @@ class _Differences(Linearization):
 
     def __init__(self, problem: Problem, b: int, space: Space) -> None:
         self._problem, self._b, self._space = problem, b, space
+        self._loss = head_loss(problem.loss)
         self._values = parameter_values(problem, space)
         self.bytes, self.unused = 0, []
         with torch.no_grad():
-            self.total = float(problem.total(b)[0])
+            self.total = float(problem.total(b, loss=self._loss)[0])
+        self.head = head_note(self._loss)
         #: Estimated relative error of a product, the largest so far.
         self.error = 0.0
         self._eps: float | None = None
@@ -87,7 +90,7 @@ class _Differences(Linearization):
         }
 
     def _gradient(self, values: dict[str, Tensor]) -> Vectors:
-        _, parts = gradient_parts(self._problem, self._b, values)
+        _, parts = gradient_parts(self._problem, self._b, values, self._loss)
         result = self._space.zeros()
         for c in self._space.coordinates:
             part = parts[c.name]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hesscope.arithmetic import linear_passes
 from hesscope.engines.block_graph import BlockGraph
 from hesscope.engines.linear_uses import Box, PerturbLinears
+from hesscope.engines.output_tails import Middle
 from hesscope.engines.reverse_over_reverse import SavedBytes, missing_derivatives_in_words, require_second_derivative
-from hesscope.engines.through_outputs import INSTEAD, Middle, SavedWithoutZeros
+from hesscope.engines.through_outputs import INSTEAD, SavedWithoutZeros
 from hesscope.problem import Problem
 from hesscope.space import Space
 
@@ -44,9 +46,10 @@ class OutputBlockGraph(BlockGraph):
         if gradient is None or not gradient.requires_grad:
             return self._gathered({})
         leaves = self._weight_leaves
-        with missing_derivatives_in_words(INSTEAD):
-            (Jv,) = torch.autograd.grad(gradient, [self._u], seed, retain_graph=True, materialize_grads=True)
-        with torch.no_grad():
-            middle = torch.cat([self._multiply(u) for u in Jv.chunk(self._copies)]).to(self._z.dtype)
-        found = torch.autograd.grad(self._z, list(leaves.values()), middle, retain_graph=True, allow_unused=True)
+        with linear_passes():
+            with missing_derivatives_in_words(INSTEAD):
+                (Jv,) = torch.autograd.grad(gradient, [self._u], seed, retain_graph=True, materialize_grads=True)
+            with torch.no_grad():
+                middle = torch.cat([self._multiply(u) for u in Jv.chunk(self._copies)]).to(self._z.dtype)
+            found = torch.autograd.grad(self._z, list(leaves.values()), middle, retain_graph=True, allow_unused=True)
         return self._gathered(dict(zip(leaves, found, strict=True)))

@@ -1,7 +1,8 @@
 """Reverse-over-reverse: differentiate the gradient's graph once more.
 
-With g(theta) the gradient of the batch's sum, H v = d<g(theta), v>/d theta. The graph of g is built once (3 forward
-passes); each product is a reverse pass through it (6).
+With g(theta) the gradient of the batch's sum, H v = d<g(theta), v>/d theta. The graph of g is built once (2 forward passes: of
+the gradient in the weights of linear layers there is a graph alone; 3 for other weights); each product is a reverse pass
+through it (6).
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
+from hesscope.arithmetic import linear_passes
+from hesscope.engines.base import Differential, Engine, Linearization, gradient_parts, parameter_values
+from hesscope.engines.forward_rules import Replacing
+from hesscope.engines.second_derivatives import WRITTEN_OUT
+from hesscope.engines.valueless import VALUELESS
 from hesscope.errors import HesscopeError
+from hesscope.losses import head_loss, head_note
+from hesscope.memory import storage_key
+from hesscope.models import Offloaded, Reload, Sharded, elsewhere
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -31,22 +39,50 @@ class ReverseOverReverse(Engine):
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return _GradientGraph(problem, b, space)
 
+    def gradient_alone(self, problem: Problem, b: int, space: Space) -> Differential:
+        return _Gradient(problem, b, space)
+
+
+class _Gradient(Differential):
+    """The gradient of one batch's summed loss, by the operations that the graph is made of."""
+
+    gradient_units = 3.0
+
+    def __init__(self, problem: Problem, b: int, space: Space) -> None:
+        self._space = space
+        with Replacing(WRITTEN_OUT):
+            self.total, self._parts = gradient_parts(
+                problem, b, parameter_values(problem, space), head_loss(problem.loss)
+            )
+        self.unused = [name for name, part in self._parts.items() if part is None]
+
+    def gradient(self) -> Vectors:
+        result = self._space.zeros()
+        for c in self._space.coordinates:
+            part = self._parts[c.name]
+            if part is not None:
+                result[c.name][0] = c.gather(part)
+        return result
+
 
 class _GradientGraph(Linearization):
     """The differentiable gradient of one batch's summed loss with respect to the selected parameters.
 
-    Products need the gradient's graph, not its values, which are as large as the parameters: the first product drops them.
+    Products need the gradient's graph, not its values: linear layers leave those out.
     """
+
+    gradient_units = 3.0
 
     def __init__(self, problem: Problem, b: int, space: Space) -> None:
         self._problem, self._b, self._space = problem, b, space
+        self._loss = head_loss(problem.loss)
         self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
-        meter = SavedBytes(problem.model.parameters())
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-            total, _ = problem.total(b, self._leaves)
+        meter = SavedBytes(problem.model.parameters(), elsewhere(problem.model))
+        hooks = torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack)
+        with torch.enable_grad(), Replacing(VALUELESS), hooks:
+            total, _ = problem.total(b, self._leaves, loss=self._loss)
             gradients = self._differentiate(total)
         require_second_derivative(gradients)
-        self._values: list[Tensor | None] | None = gradients
         # Constant parts of the gradient (a loss linear in a parameter) have no graph and add nothing to products.
         self._curved = [
             (c, get_gradient_edge(g), g.dtype)
@@ -56,6 +92,7 @@ class _GradientGraph(Linearization):
         self.unused = [name for name, g in zip(self._leaves, gradients, strict=True) if g is None]
         self.total = float(total.detach())
         self.bytes = meter.bytes
+        self.head = head_note(self._loss)
 
     def _differentiate(self, total: Tensor) -> list[Tensor | None]:
         """The gradient's parts; None for a parameter that this batch's loss does not use."""
@@ -63,33 +100,25 @@ class _GradientGraph(Linearization):
             return [None] * len(self._leaves)
         return list(torch.autograd.grad(total, list(self._leaves.values()), create_graph=True, allow_unused=True))
 
-    @property
-    def gradient_units(self) -> float:  # type: ignore[override]
-        return 0.0 if self._values is not None else 3.0
-
     def gradient(self) -> Vectors:
-        result, values = self._space.zeros(), self._values
-        if values is None:
-            values = list(gradient_parts(self._problem, self._b, self._leaves)[1].values())
-        for c, g in zip(self._space.coordinates, values, strict=True):
-            if g is not None:
-                result[c.name][0] = c.gather(g.detach())
-        return result
+        return _Gradient(self._problem, self._b, self._space).gradient()
 
     def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
-        self._values = None
         count = vectors.count(V)
         for k in range(count if self._curved else 0):
             seeds = [c.scatter(V[c.name][k]).to(dtype) for c, _, dtype in self._curved]
-            with missing_derivatives_in_words():
-                columns = torch.autograd.grad(
-                    [edge for _, edge, _ in self._curved],
-                    list(self._leaves.values()),
-                    grad_outputs=seeds,
-                    retain_graph=not (last and k == count - 1),
-                    allow_unused=True,
+            with missing_derivatives_in_words(), linear_passes():
+                columns = list(
+                    torch.autograd.grad(
+                        [edge for _, edge, _ in self._curved],
+                        list(self._leaves.values()),
+                        grad_outputs=seeds,
+                        retain_graph=not (last and k == count - 1),
+                        allow_unused=True,
+                    )
                 )
-            for c, column in zip(self._space.coordinates, columns, strict=True):
+            for c in reversed(self._space.coordinates):
+                column = columns.pop()  # which goes as the sum grows
                 if column is not None:
                     into[c.name][k] += c.gather(column)
 
@@ -129,23 +158,33 @@ def missing_derivatives_in_words(instead: str = INSTEAD) -> Iterator[None]:
 
 
 class SavedBytes:
-    """Counts the bytes that autograd keeps while a graph is built: each storage once, the parameters' not at all."""
+    """Counts the bytes that autograd keeps while a graph is built: each storage once, the parameters' not at all.
 
-    def __init__(self, parameters: object) -> None:
-        self._seen = {p.untyped_storage().data_ptr() for p in parameters}  # type: ignore[attr-defined]
+    Of weights that were brought from elsewhere nothing is kept: they are brought again.
+    """
+
+    def __init__(self, parameters: object, brought: Offloaded | Sharded | None = None) -> None:
+        self._seen = {storage_key(p) for p in parameters}  # type: ignore[attr-defined]
+        self._brought = brought
         self.bytes = 0
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
+    def pack(self, tensor: Tensor) -> Tensor | Reload:
+        reload = self._brought.as_reload(tensor) if self._brought is not None else None
+        if reload is not None:
+            return reload
+        key = storage_key(tensor)
+        if key not in self._seen:
+            self._seen.add(key)
+            self.bytes += tensor.untyped_storage().nbytes()
         # The tensor itself would tie a node to its own output, a cycle that nothing frees.
         return tensor.detach()
 
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def unpack(self, kept: Tensor | Reload) -> Tensor:
+        if not isinstance(kept, Reload):
+            return kept
+        assert isinstance(self._brought, Offloaded)
+        return self._brought.reloaded(kept)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the tensor's storage is a parameter's or has been counted."""
-        return tensor.untyped_storage().data_ptr() in self._seen
+        return storage_key(tensor) in self._seen

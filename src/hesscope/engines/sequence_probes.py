@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscope.arithmetic import linear_passes
 from hesscope.engines.base import parameter_values
+from hesscope.engines.forward_rules import Replacing
 from hesscope.engines.linear_taps import Tap
 from hesscope.engines.linear_uses import Box, PerturbLinears
 from hesscope.engines.reverse_over_reverse import (
@@ -28,6 +30,7 @@ from hesscope.engines.reverse_over_reverse import (
     missing_derivatives_in_words,
     require_second_derivative,
 )
+from hesscope.engines.second_derivatives import WRITTEN_OUT
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 
@@ -55,7 +58,7 @@ class SequenceProbes:
         self._whole = {name: p.requires_grad_() for name, p in values.items() if name not in boxes}
         meter = SavedBytes(problem.model.parameters())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, meter.unpack):
-            with PerturbLinears(self._taps, values):
+            with Replacing(WRITTEN_OUT), PerturbLinears(self._taps, values):
                 total, _ = problem.total(b, values)
             self._gradients = self._differentiate(total)
         for tap in self._taps.values():
@@ -127,7 +130,7 @@ class SequenceProbes:
         leaves = self._leaves()
         back = {name: tap.gx for name, tap in self._taps.items() if tap.gx is not None and tap.gx.requires_grad}
         roots, seeds = zip(*seeded, strict=True)
-        with missing_derivatives_in_words():
+        with missing_derivatives_in_words(), linear_passes():
             found = torch.autograd.grad(
                 roots, [*leaves.values(), *back.values()], seeds, retain_graph=True, allow_unused=True
             )

@@ -12,16 +12,21 @@ phi is never formed: its parts are the seeds of one reverse pass through the gra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp
+from torch.utils._pytree import tree_leaves
 
+from hesscope.arithmetic import linear_passes
 from hesscope.engines.forward_context import NotInForwardMode, quietly, refusals_in_words
 from hesscope.engines.forward_rules import REVERSE_OVER_FORWARD, Replacing
 from hesscope.engines.reverse_over_reverse import missing_derivatives_in_words, require_second_derivative
+from hesscope.engines.second_derivatives import WRITTEN_OUT
+from hesscope.engines.valueless import VALUELESS
 
 Values = dict[str, Tensor]
 #: A piece of the model: parameters and its input to its output. The stem has no input.
@@ -44,12 +49,51 @@ def tangent(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tenso
     if not values and dh is None:
         return None
     try:
-        return _forward(piece, values, h, v, dh)
+        return _forward(piece, values, h, v, dh)[1]
     except NotInForwardMode:
         return _twice_reverse(piece, values, h, v, dh)
 
 
-def _forward(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> Tensor:
+def carried(
+    result: Callable[[Values, Tensor], Any],
+    values: Values,
+    h: Tensor,
+    along: Sequence[Values],
+    tangents: Sequence[Tensor | None],
+) -> tuple[Any, list[Tensor | None]]:
+    """What a block returns at h (hidden states, alone or first in a tuple), and the derivative of these along every v and h'.
+
+    Raises NotInForwardMode for a block that returns other tensors, too.
+    """
+    if not values and all(dh is None for dh in tangents):
+        return result(values, h), [None] * len(tangents)
+    returned: list[Any] = []
+
+    def piece(values: Values, h: Tensor | None) -> Tensor:
+        assert h is not None
+        whole = result(values, h)
+        if not isinstance(whole, Tensor) and type(whole) not in (tuple, list):
+            raise NotInForwardMode(f"a block returns a {type(whole).__name__}")
+        returned[:] = [whole]
+        y: Tensor = whole if isinstance(whole, Tensor) else whole[0]
+        return y
+
+    y: Tensor | None = None
+    found: list[Tensor | None] = []
+    for v, dh in zip(along, tangents, strict=True):
+        y, dy = _forward(piece, values, h, v, dh) if values or dh is not None else (y, None)
+        found.append(dy)
+    whole = returned[0]
+    if isinstance(whole, Tensor):
+        return y, found
+    if any(isinstance(x, Tensor) for x in tree_leaves(whole[1:])):
+        raise NotInForwardMode("a block returns more than its hidden states")
+    return type(whole)((y, *whole[1:])), found
+
+
+def _forward(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The value and its derivative."""
+
     # An argument that does not move stays out of it, for torch takes no derivative along nothing.
     def run(*at: Any) -> Tensor:
         parts = iter(at)
@@ -61,8 +105,8 @@ def _forward(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tens
     if dh is not None:
         moving, along = [*moving, h], [*along, dh]  # type: ignore[list-item]
     with torch.no_grad(), Replacing(REVERSE_OVER_FORWARD), quietly(), refusals_in_words():
-        result: Tensor = jvp(run, tuple(moving), tuple(along))[1]
-        return result
+        value, derivative, *_ = jvp(run, tuple(moving), tuple(along))
+        return value, derivative
 
 
 def _twice_reverse(piece: Piece, values: Values, h: Tensor | None, v: Values, dh: Tensor | None) -> Tensor | None:
@@ -80,15 +124,20 @@ def _twice_reverse(piece: Piece, values: Values, h: Tensor | None, v: Values, dh
 
 
 class Graph:
-    """A piece's graph in its parameters and, where a stage lies below, in its input."""
+    """A piece's graph in its parameters and, where a stage lies below, in its input.
 
-    def __init__(self, piece: Piece, values: Values, h: Tensor | None, wants_below: bool) -> None:
+    With `valueless`, for `second_order` only, first derivatives in the weights of linear layers have no values.
+    """
+
+    def __init__(
+        self, piece: Piece, values: Values, h: Tensor | None, wants_below: bool, valueless: bool = False
+    ) -> None:
         self._names = list(values)
         leaves = {name: p.detach().requires_grad_() for name, p in values.items()}
         h_leaf = None if h is None else h.detach().requires_grad_(wants_below)
         self._wants_below = wants_below and h_leaf is not None
         self._inputs = [*leaves.values(), *([h_leaf] if self._wants_below and h_leaf is not None else [])]
-        with torch.enable_grad():
+        with torch.enable_grad(), Replacing(VALUELESS if valueless else WRITTEN_OUT):
             self.y = piece(leaves, h_leaf)
 
     @property
@@ -100,9 +149,10 @@ class Graph:
         """J^T u: {name: part}, and the part that goes to the stage below."""
         if self.constant:
             return {}, None
-        found = torch.autograd.grad(
-            self.y, self._inputs, u, retain_graph=not last, create_graph=differentiable, allow_unused=True
-        )
+        with nullcontext() if differentiable else linear_passes():
+            found = torch.autograd.grad(
+                self.y, self._inputs, u, retain_graph=not last, create_graph=differentiable, allow_unused=True
+            )
         return self._split(found)
 
     def second_order(
@@ -135,7 +185,7 @@ class Graph:
         curved = [(x, s.to(x.dtype)) for x, s in seeds if x is not None and s is not None and x.requires_grad]
         if not curved:
             return {}, None
-        with missing_derivatives_in_words():
+        with missing_derivatives_in_words(), linear_passes():
             found = torch.autograd.grad(
                 [x for x, _ in curved], self._inputs, [s for _, s in curved], retain_graph=not last, allow_unused=True
             )

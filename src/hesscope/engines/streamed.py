@@ -4,25 +4,30 @@ Up through the trunk on dual numbers (h, h') without a graph, storing these at t
 down, one block after the other, its own graph and the reverse passes through it (`stages`). Memory is near that of one training
 step, whatever the number of blocks: borders, one block's graph, and the vectors themselves.
 
-A product costs 3 forward passes for h', 3 for the graphs, which a call's vectors share, and 6 through them.
+A product costs 3 forward passes for h', 3 for the graphs, which a call's vectors share, and 6 through them. The first one records
+how the model calls its blocks on its way up.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hesscope.engines.base import Linearization, parameter_values
-from hesscope.engines.stages import Above, Graph, Piece, Values, tangent
-from hesscope.engines.through_outputs import Middle
+from hesscope.engines.base import Linearization, ValuesOnDemand, require_recording
+from hesscope.engines.output_tails import JOINED, ByToken, Middle, Tail, split_outputs
+from hesscope.engines.stages import Above, Graph, Piece, Values, carried, tangent
 from hesscope.engines.trunk_plan import TrunkPlan
-from hesscope.engines.trunk_run import Call, NotATrunk, Pieces, record
-from hesscope.losses import CausalLMLoss, PositionsLoss, output_weight, position_chunks
+from hesscope.engines.trunk_run import Block, Call, NotATrunk, Pieces, Through, record
+from hesscope.errors import HesscopeError
+from hesscope.losses import CausalLMLoss, PositionsLoss, head_note, output_weight, position_chunks
+from hesscope.memory import storage_key
 from hesscope.problem import Problem
+from hesscope.resting import Borders, Rest, Resting
 from hesscope.space import Space, Vectors, vectors
 
 _Piece = tuple[Piece, Values, Tensor | None]
@@ -31,23 +36,41 @@ _Piece = tuple[Piece, Values, Tensor | None]
 class StreamedBatch(Linearization):
     """One batch's hidden states at the borders of the blocks that a derivative reaches."""
 
-    gradient_units = 3.0
-
     def __init__(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> None:
         self._problem, self._b, self._space, self._plan = problem, b, space, plan
-        self._values = parameter_values(problem, space)
-        with torch.no_grad():
-            total, calls = record(problem, b, plan.trunk)
-        self._h = [*(call.hidden for call in calls[plan.start :]), calls[-1].output]
-        self._pieces = Pieces(problem, b, plan.trunk, calls)
-        self.total = float(total)
-        self.bytes = _bytes([*self._h, *self._pieces.calls])
+        require_recording()
+        self._values = ValuesOnDemand(problem, space)
+        self.head = head_note(plan.head)
+        self._rest = Rest(problem.borders)
+        self._pieces = Pieces(problem, b, plan.trunk)
+        self._recorded: tuple[Borders, float] | None = None
         self._used: set[str] = set()
 
     @property
     def unused(self) -> list[str]:  # type: ignore[override]
         """Known after the first product or gradient."""
         return [name for name in self._space.names if name not in self._used]
+
+    @property
+    def total(self) -> float:  # type: ignore[override]
+        return self._record()[1]
+
+    @property
+    def settled(self) -> bool:  # type: ignore[override]
+        return self._recorded is not None
+
+    @property
+    def bytes(self) -> int:  # type: ignore[override]
+        return _bytes([*self._h.kept, *self._pieces.calls])
+
+    @property
+    def gradient_units(self) -> float:  # type: ignore[override]
+        return 3.0 + (not self.settled)
+
+    @property
+    def _h(self) -> Borders:
+        """The hidden states at the borders."""
+        return self._record()[0]
 
     def gradient(self) -> Vectors:
         result = self._space.zeros()
@@ -67,7 +90,7 @@ class StreamedBatch(Linearization):
         self._add_product(V, self._up(V), into)
 
     @abstractmethod
-    def _add_product(self, V: Vectors, tangents: list[list[Tensor | None]], into: Vectors) -> None:
+    def _add_product(self, V: Vectors, tangents: list[list[Resting | None]], into: Vectors) -> None:
         """Add the product, from h' at every border for every vector."""
 
     # ---- the pieces
@@ -79,7 +102,12 @@ class StreamedBatch(Linearization):
     @property
     def _below_head(self) -> bool:
         """Whether a derivative goes on below the head."""
-        return len(self._h) > 1 or self._plan.stem
+        return self._blocks > 0 or self._plan.stem
+
+    @property
+    def _blocks(self) -> int:
+        """How many blocks a derivative reaches."""
+        return len(self._plan.trunk.blocks) - self._plan.start
 
     def _picked(self, names: dict[str, str]) -> Values:
         return {local: self._values[name] for local, name in names.items()}
@@ -102,12 +130,14 @@ class StreamedBatch(Linearization):
 
     def _slices(self) -> list[slice]:
         """The positions that the head takes at a time."""
-        h, weight, loss = self._h[-1], output_weight(self._problem.model), self._problem.loss
+        if self._plan.head is not None:
+            return [slice(None)]
+        h, weight, loss = self._h.last, output_weight(self._problem.model), self._problem.loss
         # A loss that builds on the next-token loss, and hidden states that are not one a token, are taken whole.
-        one_a_token = h.dim() == 3 and h.shape[:2] == self._problem.batches[self._b]["input_ids"].shape
+        one_a_token = len(h.shape) == 3 and h.shape[:2] == self._problem.batches[self._b]["input_ids"].shape
         if type(loss) is not CausalLMLoss or weight is None or not one_a_token:
             return [slice(None)]
-        return position_chunks(h.shape[0], h.shape[1], weight.shape[0] * max(h.itemsize, 4))
+        return position_chunks(h.shape[0], h.shape[1], weight.shape[0] * max(h.dtype.itemsize, 4))
 
     def _require_total(self, found: float) -> None:
         """Raise NotATrunk where the head's parts do not add up to the loss."""
@@ -121,15 +151,17 @@ class StreamedBatch(Linearization):
     def _heads(self) -> list[_Piece]:
         """The loss of a few positions at a time, with the head's parameters and its input."""
         loss, slices = self._problem.loss, self._slices()
+        values, h_last = self._picked(self._outside_names), self._h[-1]
 
         def part(where: slice) -> _Piece:
-            some = PositionsLoss(loss, where) if len(slices) > 1 and isinstance(loss, CausalLMLoss) else None
+            several = len(slices) > 1 and isinstance(loss, CausalLMLoss)
+            some = PositionsLoss(loss, where) if several and isinstance(loss, CausalLMLoss) else self._plan.head
 
             def run(values: Values, h: Tensor | None) -> Tensor:
                 assert h is not None
                 return self._pieces.head(values, h, some)
 
-            return run, self._picked(self._outside_names), self._h[-1][:, where] if some else self._h[-1]
+            return run, values, h_last[:, where] if several else h_last
 
         return [part(where) for where in slices]
 
@@ -144,23 +176,69 @@ class StreamedBatch(Linearization):
 
     # ---- sweeps
 
-    def _up(self, V: Vectors) -> list[list[Tensor | None]]:
-        """h' at every border, for every vector."""
-        found: list[list[Tensor | None]] = [[] for _ in self._h]
-        for k in range(vectors.count(V)):
-            dh = tangent(*self._stem(), self._part(V, k, self._outside_names), None) if self._plan.stem else None
-            found[0].append(dh)
-            for i in range(len(self._h) - 1):
-                dh = tangent(*self._block(i), self._part(V, k, self._block_names(i)), dh)
-                found[i + 1].append(dh)
+    def _record(self, through: Through | None = None) -> tuple[Borders, float]:
+        """Run the model once and keep what its blocks were called with; returns the borders, and the summed loss."""
+        if self._recorded is None:
+            plan = self._plan
+            with torch.no_grad():
+                total, calls = record(self._problem, self._b, plan.trunk, loss=plan.head, through=through)
+            self._pieces.note(calls)
+            h = Borders(self._rest, [*(call.hidden for call in calls[plan.start :]), calls[-1].output])
+            self._recorded = h, float(total)
+        return self._recorded
+
+    def _up(self, V: Vectors) -> list[list[Resting | None]]:
+        """h' at every border, for every vector, where borders rest."""
+        if not self.settled and not self._plan.apart:
+            try:
+                return self._up_recording(V)
+            except (HesscopeError, RuntimeError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._record()  # where this does, it is the two together that the model does not run
+                self._plan.apart = True
+        found = [self._stem_tangents(V)]
+        for i in range(self._blocks):
+            found.append(self._through_block(i, V, found[-1]))
         return found
+
+    def _through_block(self, i: int, V: Vectors, under: list[Resting | None]) -> list[Resting | None]:
+        """h' above a block, whose parameters are there for as long as that takes."""
+        piece, names = self._block(i), self._block_names(i)
+        return [self._laid(tangent(*piece, self._part(V, k, names), dh)) for k, dh in enumerate(_brought(under))]
+
+    def _up_recording(self, V: Vectors) -> list[list[Resting | None]]:
+        """The same, in one with the recording."""
+        found = [self._stem_tangents(V)]
+
+        def through(number: int, block: Block) -> Any:
+            if number < self._plan.start:
+                return block.plain()
+            names = self._plan.inside[number]
+            values = block.values(names)
+            values |= self._picked({local: name for local, name in names.items() if local not in values})
+            v = [self._part(V, k, names) for k in range(vectors.count(V))]
+            result, tangents = carried(block.result, values, block.hidden, v, _brought(found[-1]))
+            found.append([self._laid(dh) for dh in tangents])
+            return result
+
+        self._record(through)
+        return found
+
+    def _stem_tangents(self, V: Vectors) -> list[Resting | None]:
+        if not self._plan.stem:
+            return [None] * vectors.count(V)
+        piece, names = self._stem(), self._outside_names
+        return [self._laid(tangent(*piece, self._part(V, k, names), None)) for k in range(vectors.count(V))]
+
+    def _laid(self, dh: Tensor | None) -> Resting | None:
+        return None if dh is None else self._rest.put(dh)
 
     def _descend_first_order(self, cotangents: list[Tensor | None], into: Vectors) -> None:
         """J^T u from below the head, for every u."""
-        stages = [(self._block(i), self._block_names(i)) for i in range(len(self._h) - 1)]
-        below = self._plan.stem
-        for i, (piece, names) in reversed(list(enumerate(stages))):
-            cotangents = self._step(Graph(*piece, below or i > 0), names, cotangents, into)
+        for i in reversed(range(self._blocks)):
+            graph = Graph(*self._block(i), self._plan.stem or i > 0)
+            cotangents = self._step(graph, self._block_names(i), cotangents, into)
         if self._plan.stem:
             self._step(Graph(*self._stem(), False), self._outside_names, cotangents, into)
 
@@ -180,7 +258,9 @@ class StreamedBatch(Linearization):
         """The part of the k-th vector that belongs to a piece, as whole parameters."""
         wanted = {name: local for local, name in names.items()}
         return {
-            wanted[c.name]: c.scatter(V[c.name][k]).to(c.dtype) for c in self._space.coordinates if c.name in wanted
+            wanted[c.name]: c.scatter(vectors.part_of(V, c.name, k)).to(self._values.device(c.name), c.dtype)
+            for c in self._space.coordinates
+            if c.name in wanted
         }
 
     def _add(self, parts: Values, names: dict[str, str], k: int, into: Vectors) -> None:
@@ -188,33 +268,38 @@ class StreamedBatch(Linearization):
         self._used |= set(by_name)
         for c in self._space.coordinates:
             if c.name in by_name:
-                into[c.name][k] += c.gather(by_name[c.name].detach())
+                vectors.add_part(into, c.name, k, c.gather(by_name[c.name].detach()).to(c.device))
+
+
+def _brought(resting: list[Resting | None]) -> list[Tensor | None]:
+    return [None if x is None else x.bring() for x in resting]
 
 
 def _bytes(kept: list[Any]) -> int:
     """What tensors hold, each storage once."""
     leaves = [leaf for x in kept for leaf in tree_leaves((x.args, x.kwargs) if isinstance(x, Call) else x)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)}
+    storages = {storage_key(x): x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)}
     return sum(storages.values())
 
 
 class StreamedHessian(StreamedBatch):
     """The Hessian of one batch's summed loss."""
 
-    def _add_product(self, V: Vectors, tangents: list[list[Tensor | None]], into: Vectors) -> None:
-        above = self._head(V, tangents[-1], into)
-        for i in reversed(range(len(self._h) - 1)):
-            graph = Graph(*self._block(i), i > 0 or self._plan.stem)
-            above = self._stage(graph, self._block_names(i), above, V, tangents.pop(-2), into)
+    def _add_product(self, V: Vectors, tangents: list[list[Resting | None]], into: Vectors) -> None:
+        above = self._head(V, _brought(tangents[-1]), into)
+        for i in reversed(range(self._blocks)):
+            graph = Graph(*self._block(i), i > 0 or self._plan.stem, valueless=True)
+            above = self._stage(graph, self._block_names(i), above, V, _brought(tangents.pop(-2)), into)
         if self._plan.stem:
             nothing: list[Tensor | None] = [None] * vectors.count(V)
-            self._stage(Graph(*self._stem(), False), self._outside_names, above, V, nothing, into)
+            self._stage(Graph(*self._stem(), False, valueless=True), self._outside_names, above, V, nothing, into)
 
     def _head(self, V: Vectors, tangents: list[Tensor | None], into: Vectors) -> Above:
         found, total = [], 0.0
-        for where, piece in zip(self._slices(), self._heads(), strict=True):
-            cut = [None if dh is None else dh[:, where] if piece[2] is not self._h[-1] else dh for dh in tangents]
-            graph = Graph(*piece, self._below_head)
+        slices = self._slices()
+        for where, piece in zip(slices, self._heads(), strict=True):
+            cut = [None if dh is None else dh[:, where] if len(slices) > 1 else dh for dh in tangents]
+            graph = Graph(*piece, self._below_head, valueless=True)
             total += float(graph.y.detach())
             found.append(self._stage(graph, self._outside_names, None, V, cut, into))
         self._require_total(total)
@@ -246,17 +331,38 @@ class StreamedOutputs(StreamedBatch):
     def __init__(self, problem: Problem, b: int, space: Space, plan: TrunkPlan, middle: Middle) -> None:
         super().__init__(problem, b, space, plan)
         self._middle = middle
+        if isinstance(middle, ByToken) and not middle.apart:
+            self.head = JOINED
 
-    def _add_product(self, V: Vectors, tangents: list[list[Tensor | None]], into: Vectors) -> None:
-        def outputs(values: Values, h: Tensor | None) -> Tensor:
+    def _add_product(self, V: Vectors, tangents: list[list[Resting | None]], into: Vectors) -> None:
+        made: list[Callable[[Tensor], Tail]] = []
+
+        def last(values: Values, h: Tensor | None) -> Tensor:
             assert h is not None
-            return self._pieces.outputs(values, h)
+            z, tail_of = self._split(values, h)
+            made.append(tail_of)
+            return z
 
-        piece = (outputs, self._picked(self._outside_names), self._h[-1])
-        along = [self._part(V, k, self._outside_names) for k in range(vectors.count(V))]
-        dz = [tangent(*piece, v, dh) for v, dh in zip(along, tangents[-1], strict=True)]
+        piece, names = (last, self._picked(self._outside_names), self._h[-1]), self._outside_names
+        along = [self._part(V, k, names) for k in range(vectors.count(V))]
+        dz = [tangent(*piece, v, dh) for v, dh in zip(along, _brought(tangents[-1]), strict=True)]
         graph = Graph(*piece, self._below_head)
+        middle: list[Tensor | None] = [None] * len(dz)
         with torch.no_grad():
-            multiply = self._middle(self._problem, self._b, graph.y.detach())
-            middle = [None if x is None else multiply(x).to(graph.y.dtype) for x in dz]
-        self._descend_first_order(self._step(graph, self._outside_names, middle, into), into)
+            tail = made[-1](graph.y.detach())
+            made.clear()
+            for k, u in enumerate(dz):
+                if u is not None:
+                    below, parts = tail.product(u, {name: along[k][name] for name in tail.names})
+                    self._add(parts, names, k, into)
+                    middle[k] = below.to(graph.y.dtype)
+        self._descend_first_order(self._step(graph, names, middle, into), into)
+
+    def _split(self, values: Values, h: Tensor) -> tuple[Tensor, Callable[[Tensor], Tail]]:
+        """The tensor before the tail, from the output of the last block."""
+        problem, b = self._problem, self._b
+        with self._pieces.passing_on(h):
+            return split_outputs(
+                problem, b, self._middle, values,
+                lambda: problem.outputs(b, values), lambda function: problem.run(function, b, values), keep=False,
+            )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import copy
 
@@ -9,13 +10,19 @@ from torch import Tensor
 
 from hesscope.engines.base import Engine, Linearization
 from hesscope.engines.checking import close, largest_disagreement, short_slice
+from hesscope.engines.output_tails import Middle
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.engines.streamed import StreamedBatch, StreamedHessian, StreamedOutputs
-from hesscope.engines.through_outputs import Middle, ThroughOutputs
+from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.engines.trunk_plan import TrunkPlan
 from hesscope.errors import HesscopeError
+from hesscope.losses import ChunkedHead, TokenMatrix
+from hesscope.models import elsewhere
 from hesscope.problem import Problem
 from hesscope.space import Space
+
+#: Weights that are brought for good while the engine is held to its reference.
+_LOOK_BYTES = 2**26
 
 
 class Streamed(Engine):
@@ -25,7 +32,7 @@ class Streamed(Engine):
     """
 
     name = "streamed"
-    build_units = 1.0
+    build_units = 0.0
     pass_units = 3.0
     product_units = 9.0
 
@@ -46,9 +53,10 @@ class Streamed(Engine):
         if self.note:
             return 0.0
         small, reference = short_slice(problem), self._reference()
-        self._plan = TrunkPlan(small, space)
+        self._plan, whole, space = TrunkPlan(small, space), space, _small_part(problem, space)
+        plan = self._plan if space is whole else TrunkPlan(small, space)
         v, ours, theirs = space.rademacher(0, ["engine/0"]), space.zeros(), space.zeros()
-        self._look(small, space, self._plan).add_product(v, ours)
+        self._look(small, space, plan).add_product(v, ours)
         reference.linearize(small, 0, space).add_product(v, theirs, last=True)
         gap = largest_disagreement(space, ours, theirs)
         if gap > close(space):
@@ -70,6 +78,20 @@ class Streamed(Engine):
         return StreamedHessian(problem, b, space, plan)
 
 
+def _small_part(problem: Problem, space: Space) -> Space:
+    """The selection, or of offloaded weights only the smallest, for the reference has all that it differentiates in memory."""
+    store = elsewhere(problem.model)
+    if store is None or not any(name in store for name in space.names):
+        return space
+    room, chosen = _LOOK_BYTES, set[str]()
+    for c in sorted(space.coordinates, key=lambda c: math.prod(c.parameter_shape)):
+        room -= math.prod(c.parameter_shape) * c.dtype.itemsize
+        if chosen and room < 0:
+            break
+        chosen.add(c.name)
+    return Space([c for c in space.coordinates if c.name in chosen])
+
+
 class StreamedThroughOutputs(Streamed):
     """J^T M J: up once with tangents, and down once."""
 
@@ -78,7 +100,7 @@ class StreamedThroughOutputs(Streamed):
 
     def __init__(self, middle: Middle) -> None:
         super().__init__()
-        self._middle = middle
+        self.middle = middle
 
     def _reference(self) -> Engine:
         return ThroughOutputs(_identity)
@@ -88,8 +110,19 @@ class StreamedThroughOutputs(Streamed):
         return StreamedOutputs(small, 0, space, plan, _identity)
 
     def _batch(self, problem: Problem, b: int, space: Space, plan: TrunkPlan) -> StreamedBatch:
-        return StreamedOutputs(problem, b, space, plan, self._middle)
+        return StreamedOutputs(problem, b, space, plan, self.middle)
 
 
-def _identity(problem: Problem, b: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda u: u
+class _Identity:
+    """u -> u."""
+
+    apart = True
+
+    def __call__(self, problem: Problem, b: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda u: u
+
+    def by_token(self, problem: Problem, b: int, head: ChunkedHead) -> TokenMatrix:
+        return lambda rows, z_TV, q_TV: q_TV
+
+
+_identity = _Identity()

@@ -7,25 +7,25 @@ saves of u's way back is then exactly zero and is kept as such, without memory: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hesscope.arithmetic import linear_passes
 from hesscope.engines.base import Engine, Linearization, parameter_values
+from hesscope.engines.forward_rules import Replacing
+from hesscope.engines.output_tails import Middle, split_outputs
 from hesscope.engines.reverse_over_reverse import (
     SavedBytes,
     missing_derivatives_in_words,
     require_second_derivative,
 )
-from hesscope.losses import residual
+from hesscope.engines.second_derivatives import WRITTEN_OUT
+from hesscope.models import Reload, elsewhere
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
-
-#: (problem, batch, outputs) to the function u -> M u, both shaped like the outputs.
-Middle = Callable[[Problem, int, Tensor], Callable[[Tensor], Tensor]]
 
 INSTEAD = "replace that part of the model by one whose backward pass can be differentiated"
 
@@ -50,19 +50,25 @@ class _OutputGraph(Linearization):
     gradient_units = 2.0
 
     def __init__(self, problem: Problem, b: int, space: Space, middle: Middle) -> None:
-        self._problem, self._b, self._space = problem, b, space
+        self._space = space
         self._leaves = {name: p.requires_grad_() for name, p in parameter_values(problem, space).items()}
-        saved = SavedWithoutZeros(SavedBytes(problem.model.parameters()))
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            z = problem.outputs(b, self._leaves)
+        saved = SavedWithoutZeros(SavedBytes(problem.model.parameters(), elsewhere(problem.model)))
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+        with torch.enable_grad(), Replacing(WRITTEN_OUT), hooks:
+            z, tail_of = split_outputs(
+                problem, b, middle, self._leaves,
+                lambda: problem.outputs(b, self._leaves), lambda function: problem.run(function, b, self._leaves),
+            )  # fmt: skip
             saved.backward = True
             self._pull_back(z)
         self._z = z.detach()
-        self.unused = [name for name, w in zip(self._leaves, self._w, strict=True) if w is None]
         with torch.no_grad():
-            self.total = float(problem.total_of_outputs(b, self._z))
-            self._multiply = middle(problem, b, self._z)
-        self.bytes = saved.bytes + self._z.nbytes
+            self._tail = tail_of(self._z)
+        self.unused = [
+            name for name, w in zip(self._leaves, self._w, strict=True) if w is None and name not in self._tail.names
+        ]
+        self.total, self.head = self._tail.total, self._tail.note
+        self.bytes = saved.bytes + self._z.nbytes + self._tail.bytes
 
     def _pull_back(self, z: Tensor) -> None:
         """Build J^T u at u = 0; of its parts only their places in the graph are kept, for they are zero."""
@@ -79,21 +85,32 @@ class _OutputGraph(Linearization):
         result = self._space.zeros()
         if len(self.unused) < len(self._leaves):
             with torch.no_grad():
-                r = residual(self._problem.loss, self._z, self._problem.on_device(self._b))  # type: ignore[arg-type]
-            self._add_transposed(r, result, 0, retain_graph=True)
+                below, parts = self._tail.gradient()
+            self._add(parts, result, 0)
+            self._add_transposed(below, result, 0, retain_graph=True)
         return result
 
     def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
         count = vectors.count(V)
         for k in range(count if len(self.unused) < len(self._leaves) else 0):
             retain_graph = not (last and k == count - 1)
-            with torch.no_grad():
-                middle = self._multiply(self._times(V, k, retain_graph))
-            self._add_transposed(middle, into, k, retain_graph)
+            own = {
+                c.name: c.scatter(V[c.name][k]).to(c.dtype)
+                for c in self._space.coordinates
+                if c.name in self._tail.names
+            }
+            with linear_passes():
+                Jv = self._times(V, k, retain_graph)
+                with torch.no_grad():
+                    below, parts = self._tail.product(Jv, own)
+                self._add(parts, into, k)
+                self._add_transposed(below, into, k, retain_graph)
 
-    def _times(self, V: Vectors, k: int, retain_graph: bool) -> Tensor:
-        """J v for the k-th vector."""
+    def _times(self, V: Vectors, k: int, retain_graph: bool) -> Tensor | None:
+        """J v for the k-th vector, up to z; None is zero."""
         used = [(c, w, p) for c, w, p in zip(self._space.coordinates, self._w, self._leaves.values(), strict=True) if w]
+        if not used:
+            return None
         with missing_derivatives_in_words(INSTEAD):
             (Jv,) = torch.autograd.grad(
                 [w for _, w, _ in used],
@@ -105,7 +122,9 @@ class _OutputGraph(Linearization):
         return Jv
 
     def _add_transposed(self, u: Tensor, into: Vectors, k: int, retain_graph: bool) -> None:
-        """Add J^T u to the k-th vector."""
+        """Add J^T u to the k-th vector, for J up to z."""
+        if all(w is None for w in self._w):
+            return
         parts = torch.autograd.grad(
             [self._z_edge],
             list(self._leaves.values()),
@@ -113,9 +132,12 @@ class _OutputGraph(Linearization):
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        for c, part in zip(self._space.coordinates, parts, strict=True):
-            if part is not None:
-                into[c.name][k] += c.gather(part)
+        self._add({name: part for name, part in zip(self._leaves, parts, strict=True) if part is not None}, into, k)
+
+    def _add(self, parts: dict[str, Tensor], into: Vectors, k: int) -> None:
+        for c in self._space.coordinates:
+            if c.name in parts:
+                into[c.name][k] += c.gather(parts[c.name])
 
 
 @dataclass(frozen=True)
@@ -137,10 +159,10 @@ class SavedWithoutZeros:
     def bytes(self) -> int:
         return self._meter.bytes
 
-    def pack(self, tensor: Tensor) -> Tensor | _Zeros:
+    def pack(self, tensor: Tensor) -> Tensor | Reload | _Zeros:
         if self.backward and not self._meter.knows(tensor) and not bool(tensor.detach().any()):
             return _Zeros(tensor.detach().new_zeros(()), tensor.shape)
         return self._meter.pack(tensor)
 
-    def unpack(self, packed: Tensor | _Zeros) -> Tensor:
+    def unpack(self, packed: Tensor | Reload | _Zeros) -> Tensor:
         return packed.zero.expand(packed.shape) if isinstance(packed, _Zeros) else self._meter.unpack(packed)

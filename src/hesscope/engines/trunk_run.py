@@ -8,7 +8,7 @@ them, which the recording checks as far as it can be seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hesscope.errors import HesscopeError
 from hesscope.losses import Loss
-from hesscope.models import Trunk, aliases
+from hesscope.models import Trunk, aliases, is_sharded, without_weights
 from hesscope.problem import Problem
 
 Values = dict[str, Tensor]
@@ -54,6 +54,10 @@ class Call:
         first: Tensor = self.result if isinstance(self.result, Tensor) else self.result[0]
         return first
 
+    def arguments(self, h: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block was called with, on other hidden states."""
+        return ((h, *self.args), self.kwargs) if self.keyword is None else (self.args, self.kwargs | {self.keyword: h})
+
     def with_output(self, h: Tensor) -> Any:
         """The block's result with other hidden states."""
         return h if isinstance(self.result, Tensor) else type(self.result)((h, *self.result[1:]))
@@ -67,12 +71,57 @@ class Call:
         return Call(self.keyword, args, kwargs, torch.empty(0), result)
 
 
+class Block:
+    """A block in the middle of a run of its model, as a function of parameters and hidden states; its hooks have run."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], call: Call) -> None:
+        self._called, self._call = _Called(module, forward), call
+
+    def result(self, values: Values, h: Tensor) -> Any:
+        """What the block returns; `values` by the names inside it, what is missing is constant."""
+        state = {f"block.{name}": p for name, p in values.items()}
+        return functional_call(self._called, state, *self._call.arguments(h))
+
+    def values(self, names: Iterable[str]) -> Values:
+        """Those of its parameters that are there, as they are in this run."""
+        own = dict(self._called.block.named_parameters())
+        return {name: own[name].detach() for name in names if not (own[name].is_meta or is_sharded(own[name]))}
+
+    def plain(self) -> Any:
+        """What it returns to the model."""
+        return self.result({}, self._call.hidden)
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._call.hidden
+
+
+#: Takes the number of a block and the block, and returns what the model is given in its place.
+Through = Callable[[int, Block], Any]
+
+
+class _Called(nn.Module):
+    """Calls a function that uses a module, so that `functional_call` replaces the module's parameters and no hook runs."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.block = block
+        self._forward = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
 class Pieces:
     """One batch's stem, blocks and head as functions of parameters and hidden states."""
 
-    def __init__(self, problem: Problem, b: int, trunk: Trunk, calls: Sequence[Call]) -> None:
+    def __init__(self, problem: Problem, b: int, trunk: Trunk) -> None:
         self._problem, self._b, self._trunk = problem, b, trunk
         #: What is kept of the calls.
+        self.calls: list[Call] = []
+
+    def note(self, calls: Sequence[Call]) -> None:
+        """The recorded calls; the stem can do without."""
         self.calls = [call.lean() for call in calls]
 
     def stem(self, values: Values) -> Tensor:
@@ -81,7 +130,7 @@ class Pieces:
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise _Reached(_hidden(args, kwargs)[1])
 
-        with _standing_in(self._trunk.blocks[:1], [stop]):
+        with _standing_in(self._trunk.blocks[:1], [without_weights(stop)]):
             try:
                 self._problem.total(self._b, values)
             except _Reached as reached:
@@ -92,35 +141,38 @@ class Pieces:
         """The output of block i; `values` by the names inside the block, what is missing is constant."""
         call, module = self.calls[i], self._trunk.blocks[i]
         state = {name: p.detach() for name, p in module.named_parameters()} | values
-        args, kwargs = (
-            ((h, *call.args), call.kwargs) if call.keyword is None else (call.args, call.kwargs | {call.keyword: h})
-        )
         with self._problem.running(self._b):
-            result = functional_call(module, state, args, kwargs)
+            result = functional_call(module, state, *call.arguments(h))
         output: Tensor = result if isinstance(result, Tensor) else result[0]
         return output
 
     def head(self, values: Values, h: Tensor, loss: Loss | None = None) -> Tensor:
         """The batch's summed loss from the output of the last block; `loss` stands in for the problem's own."""
-        with self._passing_on(h):
+        with self.passing_on(h):
             return self._problem.total(self._b, values, loss=loss)[0].reshape(())
 
-    def outputs(self, values: Values, h: Tensor) -> Tensor:
-        """The model's outputs from the output of the last block."""
-        with self._passing_on(h):
-            return self._problem.outputs(self._b, values)
-
     @contextmanager
-    def _passing_on(self, h: Tensor) -> Iterator[None]:
+    def passing_on(self, h: Tensor) -> Iterator[None]:
         def give(call: Call) -> Callable[..., Any]:
-            return lambda *args, **kwargs: call.with_output(h)
+            return without_weights(lambda *args, **kwargs: call.with_output(h))
 
         with _standing_in(self._trunk.blocks, [give(call) for call in self.calls]):
             yield
 
 
-def record(problem: Problem, b: int, trunk: Trunk, values: Values | None = None) -> tuple[Tensor, list[Call]]:
-    """Run batch b and note every block's call; returns the summed loss as well.
+def record(
+    problem: Problem,
+    b: int,
+    trunk: Trunk,
+    values: Values | None = None,
+    loss: Loss | None = None,
+    apart: bool = False,
+    through: Through | None = None,
+) -> tuple[Tensor, list[Call]]:
+    """Run batch b and note every block's call; returns the summed loss as well. `loss` stands in for the problem's own.
+
+    With `apart` no block's output remembers how it came about, so that a block's graph goes with the block. `through` runs the
+    blocks.
 
     Raises:
         NotATrunk: a block that is not called exactly once and in order, or whose input is not the block before's output.
@@ -135,18 +187,21 @@ def record(problem: Problem, b: int, trunk: Trunk, values: Values | None = None)
             if calls and calls[-1][1].output is hidden and hidden._version != calls[-1][1].version:
                 raise NotATrunk(_IN_PLACE.format(where=f"between blocks {i - 1} and {i}", trunk=trunk.prefix))
             version = hidden._version
-            result = forward(*args, **kwargs)
+            others = {name: x for name, x in kwargs.items() if name != keyword}
+            call = Call(keyword, args if keyword else args[1:], others, hidden, None)
+            result = forward(*args, **kwargs) if through is None else through(i, Block(block, forward, call))
             if hidden._version != version:
                 raise NotATrunk(_IN_PLACE.format(where=f"inside block {i}", trunk=trunk.prefix))
-            others = {name: x for name, x in kwargs.items() if name != keyword}
-            call = Call(keyword, args if keyword else args[1:], others, hidden, result)
+            if apart:
+                result = _cut_off(result)
+            call = replace(call, result=result)
             calls.append((i, replace(call, version=_output(call, i, trunk)._version)))
             return result
 
         return run
 
     with _standing_in(trunk.blocks, [noting(i, block) for i, block in enumerate(trunk.blocks)]):
-        total, _ = problem.total(b, values)
+        total, _ = problem.total(b, values, loss=loss)
     order = [i for i, _ in calls]
     if order != list(range(len(trunk.blocks))):
         raise NotATrunk(
@@ -161,6 +216,14 @@ def record(problem: Problem, b: int, trunk: Trunk, values: Values | None = None)
                 "something between them."
             )
     return total, found
+
+
+def _cut_off(result: Any) -> Any:
+    """A block's result whose hidden states are detached."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    whole = type(result) in (tuple, list) and result and isinstance(result[0], Tensor)
+    return type(result)((result[0].detach(), *result[1:])) if whole else result
 
 
 def _output(call: Call, i: int, trunk: Trunk) -> Tensor:

@@ -17,7 +17,9 @@ from hesscope.space import Space
 def require_adam(optimizer: Any, model: nn.Module, space: Space) -> None:
     """Raise HesscopeError unless an optimizer of Adam's kind has all selected parameters."""
     groups = getattr(optimizer, "param_groups", [])
-    if not groups or not all("betas" in group and "eps" in group for group in groups):
+    adams = groups and all("betas" in group and "eps" in group for group in groups)
+    # Adamax has the options of Adam, and divides by a largest gradient.
+    if not adams or isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adamax):
         raise HesscopeError(
             f"Expected Adam or AdamW for the preconditioned sharpness, got {type(optimizer).__name__}; leave preconditioned "
             "out."

@@ -1,32 +1,50 @@
 """Losses: what is summed over a batch, and how many terms that sum has."""
 
 from hesscope.losses.causal_lm import CausalLMLoss
+from hesscope.losses.chunked_head import ChunkedHead, HeadForm
 from hesscope.losses.derivatives import output_hessian_product, residual
+from hesscope.losses.head import HeadLoss, counted, has_plain_head, head_loss, head_note, in_words, projection_of
+from hesscope.losses.head_functions import projected_cross_entropy
+from hesscope.losses.head_matrix import TokenMatrix, through_projection
 from hesscope.losses.last_token import LastTokenCrossEntropyLoss
 from hesscope.losses.mean import MeanLoss
 from hesscope.losses.one_hot import OneHotSquaredErrorLoss
 from hesscope.losses.positions import PositionsLoss, position_chunks
-from hesscope.losses.projected import ProjectedCausalLMLoss, output_weight
+from hesscope.losses.projected import ProjectedCausalLMLoss
 from hesscope.losses.protocol import HasTerms, Loss, SamplingLoss, SplitLoss
 from hesscope.losses.seq2seq_lm import Seq2SeqLMLoss
+from hesscope.losses.standing_logits import Projection, output_weight
 from hesscope.losses.supervised import CrossEntropyLoss, SquaredErrorLoss
 
 __all__ = [
     "CausalLMLoss",
+    "ChunkedHead",
     "CrossEntropyLoss",
     "HasTerms",
+    "HeadForm",
+    "HeadLoss",
     "LastTokenCrossEntropyLoss",
     "Loss",
     "MeanLoss",
     "OneHotSquaredErrorLoss",
     "PositionsLoss",
     "ProjectedCausalLMLoss",
+    "Projection",
     "SamplingLoss",
     "Seq2SeqLMLoss",
     "SplitLoss",
     "SquaredErrorLoss",
+    "TokenMatrix",
+    "counted",
+    "has_plain_head",
+    "head_loss",
+    "head_note",
+    "in_words",
     "output_hessian_product",
     "output_weight",
     "position_chunks",
+    "projected_cross_entropy",
+    "projection_of",
     "residual",
+    "through_projection",
 ]

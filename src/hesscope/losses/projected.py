@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from hesscope.losses.causal_lm import CausalLMLoss
-from hesscope.losses.cross_entropy import IGNORED
+from hesscope.losses.head import counted, projection_of
+from hesscope.losses.standing_logits import output_weight
 
 #: Temporaries of [rows, V] or [rows, V, d] stay below so many bytes.
 _CHUNK_BYTES = 64 * 2**20
@@ -54,19 +54,21 @@ class ProjectedCausalLMLoss:
         weight = output_weight(model)
         if weight is None or weight.requires_grad:
             return self._base.total(model, batch)
-        with _Watch(weight) as watch:
-            logits = self._base.outputs(model, batch)
-        if watch.outputs is not logits or watch.inputs is None or logits.dtype not in (torch.float32, torch.float64):
+        projection, logits, _ = projection_of(self._base, model, batch)
+        if projection is None:
             return self._base.total_of_outputs(logits, batch)
-        targets_N = self._base.targets(batch).flatten()
-        valid_KT = (targets_N != IGNORED).nonzero()[:, 0]
-        valid_T = valid_KT[: len(valid_KT) // self._copies]
-        head = Head(weight.detach(), logits.detach().flatten(0, 1)[valid_T], targets_N[valid_T], self._products)
+        bias, wide = projection.bias, projection.dtype in (torch.float32, torch.float64)
+        if projection.map.steps or (bias is not None and bias.requires_grad) or not wide:
+            return self._base.total_of_outputs(projection.form(), batch)
+        h_KTd, y_KT = counted(projection.hidden, self._base.targets(batch))
+        T = len(y_KT) // self._copies
+        logits_TV = F.linear(h_KTd[:T].detach(), weight.detach(), None if bias is None else bias.detach())
+        head = Head(weight.detach(), logits_TV, y_KT[:T], self._products)
         self.form = "contracted" if head.contracted else "projected"
-        # While the graph is built: logits, those that count, their softmax and what it is made from; chunks of W.
+        # While the graph is built: logits, their softmax and what it is made from; chunks of W.
         chunks = 3 if head.contracted else 1
-        self.bytes, self.transient_bytes = head.bytes, 4 * logits.nbytes + chunks * _CHUNK_BYTES
-        return head(watch.inputs.flatten(0, 1)[valid_KT]), len(valid_KT)
+        self.bytes, self.transient_bytes = head.bytes, 3 * logits_TV.nbytes + chunks * _CHUNK_BYTES
+        return head(h_KTd), len(y_KT)
 
 
 class Head:
@@ -164,28 +166,3 @@ class _Gradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             along = (u_Td * ctx.head.gradient_Td.repeat(ctx.copies, 1)).sum()
         return ctx.head.product(u_Td) * cotangent, along, None
-
-
-class _Watch(TorchFunctionMode):
-    """Remembers input and output of the linear layer without a bias that uses one weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self._weight = weight
-        self.inputs: Tensor | None = None
-        self.outputs: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is F.linear and args[1] is self._weight and len(args) + len(kwargs or {}) in (2, 3):
-            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-            self.inputs, self.outputs = (args[0], result) if bias is None else (None, None)
-        return result
-
-
-def output_weight(model: nn.Module) -> Tensor | None:
-    """The weight of the model's last linear layer, as it is now; None where the model does not say."""
-    get: Any = getattr(model, "get_output_embeddings", None)
-    layer = get() if get is not None else None
-    weight = getattr(layer, "weight", None)
-    return weight if isinstance(weight, Tensor) and isinstance(layer, nn.Linear) else None

@@ -10,22 +10,31 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Implementations that have second derivatives: SDPA in its mathematical form, and the written-out one.
-_TWICE_DIFFERENTIABLE = ("sdpa", "eager")
+from hesscope.models.attention.registered import NAME, register
+from hesscope.models.configs import replacement
+from hesscope.models.elsewhere import elsewhere
+from hesscope.models.padding import whole_embeddings
 
 
 @contextmanager
-def borrowed(model: nn.Module, dropout_seed: int | None = None) -> Iterator[None]:
+def borrowed(model: nn.Module, dropout_seed: int | None = None, attention: str | None = None) -> Iterator[None]:
     """Run the model twice-differentiably inside; attention, experts, flags and random state return after.
 
-    With a `dropout_seed` dropout is on (normalisation layers stay in evaluation mode) and draws from that seed.
+    With a `dropout_seed` dropout is on (normalisation layers stay in evaluation mode) and draws from that seed. `attention` is
+    the implementation to run; None exchanges only what has no second derivative.
     """
+    if attention == NAME:
+        register()
+    store = elsewhere(model)
     with ExitStack() as stack:
+        if store is not None:
+            stack.enter_context(store.hooks_bring_what_is_missing())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # An autocast around the caller's code would change the function, unseen by any fingerprint.
-        for device_type in {p.device.type for p in model.parameters()}:
+        for device_type in {p.device.type for p in model.parameters()} - {"meta"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(_implementations(model))
+        stack.enter_context(whole_embeddings(model))
+        stack.enter_context(_implementations(model, attention))
         stack.enter_context(_without_checkpointing(model))
         if dropout_seed is not None:
             stack.enter_context(_training_flags(model))
@@ -34,19 +43,8 @@ def borrowed(model: nn.Module, dropout_seed: int | None = None) -> Iterator[None
         yield
 
 
-def attention_note(model: nn.Module) -> str:
-    """Which attention a borrowed model runs, in words, for the record of a result."""
-    config = _root_config(model)
-    used = None if config is None else getattr(config, "_attn_implementation", None)
-    if used is None:
-        return "the model's own"
-    target = _replacement(model, used)
-    named = "sdpa (mathematical form)" if target == "sdpa" else str(target)
-    return named if target == used else f"{named}, in place of {used}, which has no second derivative"
-
-
 @contextmanager
-def _implementations(model: nn.Module) -> Iterator[None]:
+def _implementations(model: nn.Module, wanted: str | None) -> Iterator[None]:
     """Exchange fused attention and grouped experts, in this model's configurations only."""
     saved: list[tuple[Any, str, Any]] = []
     try:
@@ -54,7 +52,7 @@ def _implementations(model: nn.Module) -> Iterator[None]:
             attention = getattr(config, "_attn_implementation_internal", None)
             if attention is not None:
                 saved.append((config, "_attn_implementation_internal", attention))
-                config._attn_implementation_internal = _replacement(model, attention)
+                config._attn_implementation_internal = wanted or replacement(model, attention)
             if getattr(config, "_experts_implementation_internal", None) is not None:
                 saved.append((config, "_experts_implementation_internal", config._experts_implementation_internal))
                 config._experts_implementation_internal = "eager"
@@ -62,17 +60,6 @@ def _implementations(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, value in reversed(saved):
             setattr(config, name, value)
-
-
-def _replacement(model: nn.Module, attention: str) -> str:
-    """SDPA for a fused kernel where the model has it; a model that has not (soft caps) gets the written-out form."""
-    if attention in _TWICE_DIFFERENTIABLE:
-        return attention
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-
-
-def _root_config(model: nn.Module) -> Any:
-    return next((m.config for m in model.modules() if hasattr(m, "config")), None)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hesscope.errors import HesscopeError
+from hesscope.models.elsewhere import device_of
+from hesscope.models.offload import offloaded
 
 # The names under which configurations state the longest input, the common one first.
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
@@ -33,13 +35,39 @@ def require_one_device(model: nn.Module) -> torch.device:
     devices = {p.device for p in model.parameters()}
     if not devices:
         raise HesscopeError("Expected a model with parameters; this one has none.")
-    if len(devices) > 1 or "meta" in {d.type for d in devices}:
+    if offloaded(model) is not None or (len(devices) > 1 and getattr(model, "hf_device_map", None)):
+        _require_ties(model)
+        name, first = next(iter(model.named_parameters()))
+        return device_of(model, name, first)  # hooks of the model move what comes in and goes out
+    if len(devices) > 1 or ("meta" in {d.type for d in devices} and not is_shadow(model)):
         found = ", ".join(sorted(map(str, devices)))
         raise HesscopeError(
-            f"Expected all parameters on one device, found {found}; models spread over several devices or offloaded "
-            "are not supported yet, so load the model without device_map."
+            f"Expected all parameters on one device, found {found}, and no hooks that move data "
+            "between them; spread a model, or offload it, with device_map= of from_pretrained."
         )
     return devices.pop()
+
+
+def _require_ties(model: nn.Module) -> None:
+    """Raise HesscopeError where the model's tied weights have become two, as they do when accelerate offloads what was loaded."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for one, other in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if one in named and other in named and named[one] is not named[other]:
+            raise HesscopeError(
+                f"Expected {one} and {other} to be one parameter, for the model ties them, but they are two: offload the model as it "
+                "is loaded, with device_map= and offload_folder= of from_pretrained."
+            )
+
+
+def mark_as_shadow(model: nn.Module) -> nn.Module:
+    """Say that a model is on the meta device on purpose: it is run for its shapes only."""
+    model._hesscope_shadow = True  # type: ignore[assignment]
+    return model
+
+
+def is_shadow(model: nn.Module) -> bool:
+    """Whether a model is run for its shapes only."""
+    return getattr(model, "_hesscope_shadow", False) is True
 
 
 def first_nonfinite_module(model: nn.Module, run: Callable[[], object]) -> str | None:

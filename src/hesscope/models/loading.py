@@ -45,11 +45,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     encoder_decoder: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     **hub: Any,
 ) -> nn.Module:
     """Load a language model in float32 unless told otherwise, on a GPU if there is one, in evaluation mode.
 
-    Raises HesscopeError where the name is neither a model folder nor a Hub id that can be reached.
+    Raises HesscopeError where the name is neither a model folder nor a Hub id that can be reached, and for weights on disk
+    without a folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -59,14 +62,33 @@ def load_model(
         else (AutoModelForCausalLM, "a causal language model")
     )
     _require_config(name)
+    spread = _spread(device_map, offload_folder, device)
     try:
         with _bars_on_terminals_only():
             config = AutoConfig.from_pretrained(name, **hub)
-            model = family.from_pretrained(name, config=config, dtype=dtype or torch.float32, **hub)
-    except (OSError, ValueError, KeyError) as error:
+            model = family.from_pretrained(name, config=config, dtype=dtype or torch.float32, **spread, **hub)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise HesscopeError(f"Could not load {str(name)!r} as {words}: {_first_line(error)}") from error
+    if spread:
+        return model.eval()  # type: ignore[no-any-return]
     moved: nn.Module = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return moved.eval()
+
+
+def _spread(
+    device_map: str | dict[str, Any] | None, offload_folder: str | Path | None, device: torch.device | str | None
+) -> dict[str, Any]:
+    """What from_pretrained is told about places; nothing where the model goes to one device."""
+    if device_map is None:
+        if offload_folder is not None:
+            raise HesscopeError("Expected device_map= with offload_folder=, such as 'auto' or 'disk'.")
+        return {}
+    if device is not None:
+        raise HesscopeError(f"Expected device= or device_map=, got both ({str(device)!r} and {device_map!r}).")
+    places: Any = {"": "disk"} if device_map == "disk" else device_map
+    if isinstance(places, dict) and "disk" in places.values() and offload_folder is None:
+        raise HesscopeError("Expected offload_folder= with weights on disk: the folder where they are put.")
+    return {"device_map": places} | ({} if offload_folder is None else {"offload_folder": str(offload_folder)})
 
 
 def load_skeleton(name: str | Path, dtype: torch.dtype | None = None, **hub: Any) -> nn.Module:
@@ -111,6 +133,11 @@ def place_model(model: nn.Module, dtype: torch.dtype | None, device: torch.devic
     fits = all(
         (dtype is None or p.dtype == dtype) and (device is None or p.device == torch.device(device)) for p in parameters
     )
+    if not fits and getattr(model, "hf_device_map", None):
+        raise HesscopeError(
+            "Expected no other dtype= or device= with a model that is spread over devices or offloaded; load it as it is to be used, "
+            "with dtype= and device_map= of from_pretrained."
+        )
     return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
 
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes
 from hesscope.space import Space, Vectors, vectors
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+    from hesscope.operators.product_error import ProductError
 
 #: What the columns of a dense form take at once.
 _COLUMN_BYTES = 64 * 2**20
@@ -64,6 +67,31 @@ class Operator(ABC):
     def dtype(self) -> torch.dtype:
         return self.space.dtype
 
+    @property
+    def tolerance(self) -> float:
+        """The largest relative discrepancy of a product that may pass for rounding."""
+        return self.space.tolerance
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """In what parts of its matrix are to be summed."""
+        return self.dtype
+
+    def product_error(self, seed: int = 0) -> ProductError:
+        """How far a product is from one of the next higher precision, measured on a few tokens; counted in what it returns.
+
+        Results that are computed from now on say it, as long as the weights stay.
+        """
+        raise HesscopeError(
+            f"Expected the Hessian, Gauss-Newton or Fisher matrix of a problem, whose products have an error that can be measured, "
+            f"got {type(self).__name__}; ask its parts."
+        )
+
+    @property
+    def known_error(self) -> ProductError | None:
+        """What `product_error` has found; inside `stated_errors` what it finds."""
+        return None
+
     def matmat(self, V: Vectors) -> Vectors:
         """A times every vector of V; counted."""
         self.products += vectors.count(V)
@@ -71,7 +99,10 @@ class Operator(ABC):
 
     def __matmul__(self, v: Tensor | dict[str, Tensor]) -> Any:
         if isinstance(v, dict):
-            return {name: part[0] for name, part in self.matmat(self.space.from_dict(v)).items()}
+            found = self.matmat(self.space.from_dict(v))
+            if any(hasattr(part, "to_local") for part in v.values()):
+                return self.space.like(v, found)
+            return {name: part[0] for name, part in self.space.gathered(found).items()}
         if not isinstance(v, Tensor):
             raise HesscopeError(
                 f"Expected a tensor or a dictionary of tensors, got {type(v).__name__}; to_scipy() takes NumPy arrays."
@@ -82,7 +113,7 @@ class Operator(ABC):
             )
         if v.numel() == 0:
             return v.new_zeros(v.shape, dtype=self.dtype)
-        flat = self.space.flatten(self.matmat(self.space.unflatten(v if v.dim() == 2 else v[:, None])))
+        flat = self.space.flatten(self.matmat(self.space.unflatten(v if v.dim() == 2 else v[:, None])), give_up=True)
         return flat if v.dim() == 2 else flat[:, 0]
 
     def to_scipy(self) -> LinearOperator:
@@ -101,6 +132,11 @@ class Operator(ABC):
         return LinearOperator(
             self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=empty.dtype
         )
+
+    @property
+    def comm(self) -> Communicator:
+        """The processes that make its products together, each with the same vectors."""
+        return ALONE
 
     @property
     def draws_diagonal(self) -> bool:
@@ -148,7 +184,8 @@ class Operator(ABC):
         Raises HesscopeError where it would not fit in memory.
         """
         n = self.space.size
-        needed, available = 2 * n * n * self.dtype.itemsize, available_bytes(self.space.device)
+        needed = 2 * n * n * self.dtype.itemsize
+        available = self.comm.on_first(lambda: available_bytes(self.space.device))
         if needed > available:
             raise HesscopeError(
                 f"Expected a matrix of {n} x {n} to fit in memory: it takes {needed / 1e9:.1f} GB on the way, and "
@@ -160,6 +197,12 @@ class Operator(ABC):
             for start in range(0, n, chunk)
         ]
         return torch.cat(columns, 1)
+
+    def undivided(self) -> Operator:
+        """The same on vectors that every process has whole; itself where they are not divided."""
+        from hesscope.operators.undivided import Undivided
+
+        return self if self.space.divided is None else Undivided(self)
 
     def shifted(self, shift: float) -> Operator:
         """A + shift * I."""
@@ -180,7 +223,7 @@ class Operator(ABC):
         """
         from hesscope.operators.composed import Restriction
 
-        return Restriction(self, part)
+        return Restriction(self.undivided(), part.whole if isinstance(part, Space) else part)
 
     def narrowed(self, part: Space) -> Operator | None:
         """The same as an operator of its own, whose products cost what `part` alone needs; None where there is none.

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hesscope.arithmetic import multiplying, tolerance
 from hesscope.engines import Middle
 from hesscope.engines.block_graph import BlockGraph
 from hesscope.engines.output_block_graph import OutputBlockGraph
 from hesscope.errors import HesscopeError
-from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss
-from hesscope.losses.projected import output_weight
+from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss, output_weight
 from hesscope.memory import available_bytes
 from hesscope.models import named_parameters
-from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_uses
-from hesscope.operators.graphs import warn_of_unused
+from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_every_use
+from hesscope.operators.graphs import merged, warn_of_unused
 from hesscope.operators.matrix_run import MatrixRun, add_rows
+from hesscope.operators.task_lists import Span, divided, nth, without_first
 from hesscope.problem import Problem
 from hesscope.space import Space
 from hesscope.space import random as counter_based
@@ -47,54 +48,114 @@ class BatchColumns(MatrixRun):
         route: str,
         make_room: Callable[[], None] = lambda: None,
         middle: Middle | None = None,
+        precision: str | None = None,
     ) -> None:
-        self._make_room, self._middle = make_room, middle
+        self._make_room, self._middle, self._precision = make_room, middle, precision
         self._problem, self._space = problem, space
         self.graph_bytes, self.planned_bytes = 0, 0
-        with FlopCounterMode(display=False) as forward:
-            uses = [watch_uses(problem, 0, space)]
+        self._uses, self._route = watch_every_use(problem, space), route
+        self._boxes = boxes_of(space, self._uses)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            problem.total(0)
         self._forward_flops = forward.get_total_flops()
-        uses += [watch_uses(problem, b, space) for b in range(1, len(problem.batches))]
-        self._boxes = boxes_of(space, uses)
-        self._uses, self._route = uses, route
         self._share = [count / problem.N for count in problem.counts]
-        self._divide([self._copies] * len(problem.batches))
+        self._plan([self._copies] * len(problem.batches))
+        if problem.comm.ranks > 1:  # rank 0's memory decides
+            copies = problem.comm.on_first(lambda: [plan.copies for plan in self._plans])
+            self._plan([partial(min, most) for most in copies])
+        self._divide([(0, self._ends[-1])], 0)
         self._by_name = {c.name: c for c in space.coordinates}
         self._built: tuple[int, BlockGraph] | None = None
         self._unused: dict[int, set[str]] = {}
         self._check: Tensor | None = None
+        self._kept_check: Tensor | None = None
         self._form = ""
         #: Forward passes over the data, by count of multiplications, and of one product with each parameter's columns.
-        self.units = 0.0
+        self.units, self._spent = 0.0, 0.0
         self.pass_units: dict[str, float] = {}
 
-    def _divide(self, most_copies: Sequence[Callable[[int], int]]) -> None:
+    def _plan(self, most_copies: Sequence[Callable[[int], int]]) -> None:
         """Plan every batch, with so many copies of it at once."""
         self._plans = [
             plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most)
             for b, most in enumerate(most_copies)
         ]
         self._ends = list(accumulate(plan.tasks for plan in self._plans))
-        self.tasks = self._ends[-1]
+        self.graphs = len(self._plans)
         self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
+
+    def _divide(self, left: list[Span], rounds: int) -> None:
+        """Give every rank a part of the batches' tasks that are left, after so many rounds in which each has done one."""
+        load = [self._share[b] / plan.tasks * plan.products for b, plan in enumerate(self._plans)]
+        self._lists = divided(left, self._ends, load, self._problem.comm.ranks, self._whole())
+        self._rounds, self._round = rounds, rounds
+        self.tasks = rounds + max(sum(stop - start for start, stop in spans) for spans in self._lists)
+
+    def _whole(self) -> Span:
+        """The tasks of the unit through positions that is held against one through weights: one rank's."""
+        plan, start = self._plans[0], 0
+        for part in plan.parts:
+            if part.by_position:
+                return start, start + part.tasks // part.units
+            start += part.tasks
+        return 0, 0
+
+    def is_shared(self, task: int) -> bool:
+        return True
+
+    def settle(self) -> None:
+        comm, own = (
+            self._problem.comm,
+            (self._unused, self._form, self.graph_bytes, self.planned_bytes, self.pass_units),
+        )
+        everyone = comm.gathered(own)
+        self._unused = merged([unused for unused, *_ in everyone])
+        self._form = next((form for _, form, *_ in everyone if form), "")
+        self.graph_bytes = max(held for _, _, held, *_ in everyone)
+        self.planned_bytes = max(planned for *_, planned, _ in everyone)
+        self.pass_units = {name: units for *_, found in reversed(everyone) for name, units in found.items()}
+        with comm.summed() as spent:
+            spent.amount, self._spent = self._spent, 0.0
+        self.units += spent.amount
+        checks = comm.gathered(self._check is not None)
+        self._kept_check = comm.on(checks.index(True), lambda: self._check) if any(checks) else None
+        if self._round == self.tasks:
+            warn_of_unused(self._unused, len(self._plans))
+
+    def _left(self) -> list[Span]:
+        """The tasks that no rank has done yet."""
+        done = self._round - self._rounds
+        return [span for spans in self._lists for span in without_first(spans, done)]
 
     def state(self) -> dict[str, Any]:
         return {
+            "rounds": self._round,
+            "left": [list(span) for span in self._left()],
             "copies": [plan.copies for plan in self._plans],  # came from the memory that was free
             "unused": [[b, sorted(names)] for b, names in self._unused.items()],
-            "check": self._check,
+            "check": self._kept_check,
             "form": self._form,
             "graph_bytes": self.graph_bytes,
             "pass_units": self.pass_units,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._divide([partial(min, copies) for copies in state["copies"]])
+        self._plan([partial(min, copies) for copies in state["copies"]])
+        self._divide([(start, stop) for start, stop in state["left"]], state["rounds"])
         self._unused = {b: set(names) for b, names in state["unused"]}
-        self._check = None if state["check"] is None else state["check"].to(self._space.device)
+        start, stop = self._whole()
+        own = any(a < stop and start < b for a, b in self._lists[self._problem.comm.rank])
+        self._check = state["check"].to(self._space.device) if own and state["check"] is not None else None
         self._form, self.graph_bytes, self.pass_units = state["form"], state["graph_bytes"], state["pass_units"]
 
     def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
+        """A round: every rank does the next task of its own."""
+        self._round = task + 1
+        own = nth(self._lists[self._problem.comm.rank], task - self._rounds)
+        with multiplying(self._precision):
+            return 0.0 if own is None else self._run(own, into, weight)
+
+    def _run(self, task: int, into: Tensor, weight: float) -> float:
         b = bisect_right(self._ends, task)
         plan, graph = self._plans[b], self._graph(b)
         work, share = plan.task(task - (self._ends[b - 1] if b else 0)), self._share[b]
@@ -110,10 +171,10 @@ class BatchColumns(MatrixRun):
             self.pass_units[work.name] = self._units(counter, work, b)
         if is_checked:
             self._hold_against_weights(plan, graph, work, rows_kn, rows_j)
-        self.units += share * work.products * self.pass_units[work.name]
-        if task == self._ends[b] - 1:
-            self._unused[b] = set(graph.unused)
-            warn_of_unused(self._unused, len(self._plans))
+        self._spent += share * work.products * self.pass_units[work.name]
+        self._unused.setdefault(b, set(graph.unused))
+        following = nth(self._lists[self._problem.comm.rank], self._round - self._rounds)
+        if following is None or bisect_right(self._ends, following) != b:
             self._built = None
         return share * work.products
 
@@ -193,7 +254,8 @@ class BatchColumns(MatrixRun):
         coordinates = self._space.coordinates
         right_n = torch.cat([torch.full((c.size,), self._is_whole(plan, work.name, c.name)) for c in coordinates])
         found_n, expected_n = signs_j @ self._check, graph.product(work.name, v_b.view(box.shape))
-        _require_same(work.name, found_n[right_n], expected_n[right_n], self._space.tolerance)
+        limit = max(self._space.tolerance, tolerance(self._precision))
+        _require_same(work.name, found_n[right_n], expected_n[right_n], limit)
         self._check = None
 
     # ---- one batch
@@ -217,7 +279,7 @@ class BatchColumns(MatrixRun):
         # What is kept, what a pass through it or its making takes beyond that for a moment, and half as much again for
         # what an allocator does not give back.
         self.planned_bytes = max(self.planned_bytes, (held + moment) * 3 // 2)
-        self.units += self._share[b] * 3 * plan.copies
+        self._spent += self._share[b] * 3 * plan.copies
         return graph
 
     def _make_graph(

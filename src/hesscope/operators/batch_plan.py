@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesscope.engines.linear_uses import Box, Use, WatchUses
 from hesscope.losses import CausalLMLoss
-from hesscope.models import named_parameters
+from hesscope.models import named_parameters, values_of
 from hesscope.problem import Problem
 from hesscope.space import Coordinates, Space
 
@@ -99,11 +99,20 @@ class BatchPlan:
 def watch_uses(problem: Problem, b: int, space: Space) -> dict[str, list[Use] | None]:
     """How batch b's forward pass uses the selected parameters."""
     parameters = named_parameters(problem.model)
-    weights = {name: parameters[name].detach() for name in space.names}
+    weights = {name: values_of(problem.model, name, parameters[name]) for name in space.names}
     with torch.no_grad(), WatchUses(weights) as watch:
         problem.total(b, weights)
     uses: dict[str, list[Use] | None] = watch.uses
     return uses
+
+
+def watch_every_use(problem: Problem, space: Space) -> list[dict[str, list[Use] | None]]:
+    """The same of every batch; a rank looks at its own."""
+    own: dict[int, dict[str, list[Use] | None]] = {}
+    with problem.comm.summed():
+        own.update((b, watch_uses(problem, b, space)) for b in problem.mine)
+    found = {b: uses for of_rank in problem.comm.gathered(own) for b, uses in of_rank.items()}
+    return [found[b] for b in range(len(problem.batches))]
 
 
 def boxes_of(space: Space, uses: list[dict[str, list[Use] | None]]) -> dict[str, Box]:
@@ -124,7 +133,7 @@ def taken_apart(
 
     Where sequences may touch one another, the batch is one of them: what draws make of that is unbiased, too, with more spread.
     """
-    uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
+    uses = watch_every_use(problem, space)
     boxes = {name: box for name, box in boxes_of(space, uses).items() if takes(name, box)}
     found = []
     for b, used in enumerate(uses):

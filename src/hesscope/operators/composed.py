@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
 from hesscope.operators.base import Operator
 from hesscope.operators.matrix_run import (
@@ -39,6 +40,10 @@ class Sum(Operator):
         vectors.add_(result, self._second.matmat(V))
         return result
 
+    @property
+    def tolerance(self) -> float:
+        return max(self._first.tolerance, self._second.tolerance)
+
     def narrowed(self, part: Space) -> Operator | None:
         first = self._first.narrowed(part)
         second = None if first is None else self._second.narrowed(part)
@@ -57,6 +62,10 @@ class Sum(Operator):
     @property
     def units(self) -> float:
         return sum(part.units for part in _parts(self).values())
+
+    @property
+    def comm(self) -> Communicator:
+        return next((part.comm for part in _parts(self).values() if part.comm is not ALONE), ALONE)
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "sum", "terms": [self._first.describe(), self._second.describe()]}
@@ -84,6 +93,10 @@ class Multiple(Operator):
     def _matmat(self, V: Vectors) -> Vectors:
         return vectors.scale(self._base.matmat(V), self._factor)
 
+    @property
+    def tolerance(self) -> float:
+        return self._base.tolerance
+
     def narrowed(self, part: Space) -> Operator | None:
         base = self._base.narrowed(part)
         return None if base is None else Multiple(base, self._factor)
@@ -101,6 +114,10 @@ class Multiple(Operator):
     @property
     def units(self) -> float:
         return self._base.units
+
+    @property
+    def comm(self) -> Communicator:
+        return self._base.comm
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "multiple", "factor": self._factor, "of": self._base.describe()}
@@ -196,6 +213,10 @@ class Restriction(Operator):
         return _read(self._base.matmat(whole), self.space, self._positions)
 
     @property
+    def tolerance(self) -> float:
+        return self._base.tolerance
+
+    @property
     def knows_diagonal(self) -> bool:
         return self._base.knows_diagonal
 
@@ -205,6 +226,10 @@ class Restriction(Operator):
     @property
     def units(self) -> float:
         return self._base.units
+
+    @property
+    def comm(self) -> Communicator:
+        return self._base.comm
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "restriction", "of": self._base.describe(), "from": self._base.space.size}

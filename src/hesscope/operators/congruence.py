@@ -22,6 +22,10 @@ class DiagonalCongruence(Operator):
         return vectors.multiply(self._base.matmat(vectors.multiply(V, self.scales)), self.scales)
 
     @property
+    def tolerance(self) -> float:
+        return self._base.tolerance
+
+    @property
     def units(self) -> float:
         return self._base.units
 

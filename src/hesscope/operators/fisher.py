@@ -10,17 +10,20 @@ and the same over s: no gradient is ever formed on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hesscope.engines import Middle, make_output_engine
+from hesscope.engines import make_output_engine
 from hesscope.errors import HesscopeError
-from hesscope.losses import HasTerms, SamplingLoss, residual
+from hesscope.losses import ChunkedHead, HasTerms, SamplingLoss, TokenMatrix, residual
+from hesscope.losses.cross_entropy import cross_entropy_residual
+from hesscope.losses.sampling import sample_classes
 from hesscope.models import state_key
 from hesscope.operators.base import Operator
-from hesscope.operators.risk import CurvatureOfRisk, own_space
+from hesscope.operators.risk import CurvatureOfRisk, own_precision, own_space
 from hesscope.problem import Problem
 from hesscope.space import Space
 from hesscope.space.random import resolve_seed, stream_key
@@ -36,6 +39,7 @@ def fisher(
     seed: int | None = 0,
     engine: str = "auto",
     graph_memory: int | None = None,
+    precision: str | None = None,
 ) -> Operator:
     """The Fisher information matrix of the model's predictions, with sampled labels, over a space.
 
@@ -57,7 +61,7 @@ def fisher(
         samples: label sets drawn and averaged.
         per: "token" (one gradient a term of the loss) or "sequence" (one a row of the outputs' first axis).
         seed: of the labels; None draws one and records it.
-        engine, graph_memory: as for `hesscope.ggn`.
+        engine, graph_memory, precision: as for `hesscope.ggn`.
 
     Raises:
         HesscopeError: a loss that cannot sample targets, objective="perplexity", an unknown `per`, samples below one.
@@ -78,10 +82,11 @@ def fisher(
         )
     if samples < 1:
         raise HesscopeError(f"Expected samples to be at least 1, got {samples}.")
-    seed = resolve_seed(seed)
+    seed = problem.comm.on_first(lambda: resolve_seed(seed))
     kind = {"operator": "fisher", "per": per, "samples": samples, "seed": seed}
-    middle = _outer_products(per, SampledBatches(problem, problem.loss, samples, seed))
-    return CurvatureOfRisk(problem, space, make_output_engine(engine, middle), graph_memory, kind, True)
+    middle = _OuterProducts(per, SampledBatches(problem, problem.loss, samples, seed))
+    kept, precision = make_output_engine(engine, middle), own_precision(precision, problem, engine)
+    return CurvatureOfRisk(problem, space, kept, graph_memory, kind, True, precision=precision)
 
 
 def empirical_fisher(
@@ -90,6 +95,7 @@ def empirical_fisher(
     per: str = "token",
     engine: str = "auto",
     graph_memory: int | None = None,
+    precision: str | None = None,
 ) -> Operator:
     """The empirical Fisher matrix over a space: the gradients' second moment at the data's own labels.
 
@@ -101,7 +107,7 @@ def empirical_fisher(
 
     Args:
         per: "token" (one gradient a term of the loss) or "sequence" (one a row of the outputs' first axis).
-        engine, graph_memory: as for `hesscope.ggn`.
+        engine, graph_memory, precision: as for `hesscope.ggn`.
 
     Raises:
         HesscopeError: a loss without outputs, objective="perplexity", an unknown `per`.
@@ -116,8 +122,9 @@ def empirical_fisher(
     """
     space = _checked(problem, space, per, "empirical Fisher")
     kind = {"operator": "empirical-fisher", "per": per}
-    middle = _outer_products(per, lambda b, outputs: [problem.on_device(b)])
-    return CurvatureOfRisk(problem, space, make_output_engine(engine, middle), graph_memory, kind, True)
+    middle = _OuterProducts(per, _OwnLabels(problem))
+    kept, precision = make_output_engine(engine, middle), own_precision(precision, problem, engine)
+    return CurvatureOfRisk(problem, space, kept, graph_memory, kind, True, precision=precision)
 
 
 def _checked(problem: Problem, space: Space | None, per: str, name: str) -> Space:
@@ -143,37 +150,93 @@ class SampledBatches:
     """Every batch with sampled labels in place of its own, drawn once and again only when the parameters change."""
 
     def __init__(self, problem: Problem, loss: SamplingLoss, samples: int, seed: int) -> None:
-        self._problem, self._loss = problem, loss
+        self._problem, self._loss, self._samples, self._seed = problem, loss, samples, seed
         self._keys = [stream_key(seed, f"fisher/{i}") for i in range(samples)]
         self._drawn: dict[int, list[Any]] = {}
+        self._drawn_targets: dict[int, list[Tensor]] = {}
         self._state: object = None
 
+    def of(self, problem: Problem) -> SampledBatches:
+        """Of another problem with the same loss."""
+        return SampledBatches(problem, self._loss, self._samples, self._seed)
+
     def __call__(self, b: int, outputs: Tensor) -> list[Any]:
-        state = state_key(self._problem.model)
-        if state != self._state:
-            self._drawn.clear()
-            self._state = state
+        """The batch with other labels, a batch for every set of labels."""
+        self._forget_old()
         if b not in self._drawn:
             first, batch = sum(self._problem.counts[:b]), self._problem.on_device(b)
             self._drawn[b] = [self._loss.sample(outputs, batch, key, first) for key in self._keys]
         return self._drawn[b]
 
+    def targets(self, b: int, head: ChunkedHead) -> list[Tensor]:
+        """The same labels of the tokens that count alone, from logits in chunks."""
+        self._forget_old()
+        if b not in self._drawn_targets:
+            first = sum(self._problem.counts[:b])
+            self._drawn_targets[b] = [torch.cat(drawn) for drawn in zip(*self._by_chunk(head, first), strict=True)]
+        return self._drawn_targets[b]
 
-def _outer_products(per: str, labelled: Callable[[int, Tensor], list[Any]]) -> Middle:
+    def _by_chunk(self, head: ChunkedHead, first: int) -> Iterator[list[Tensor]]:
+        for rows in head.slices or [slice(0, 0)]:
+            z_TV = head.form.map.value(head.projected(rows))
+            every = torch.ones(len(z_TV), dtype=torch.bool, device=z_TV.device)
+            yield [sample_classes(z_TV, every, key, first + rows.start) for key in self._keys]
+
+    def _forget_old(self) -> None:
+        state = state_key(self._problem.model)
+        if state != self._state:
+            self._drawn.clear()
+            self._drawn_targets.clear()
+            self._state = state
+
+
+class _OwnLabels:
+    """The labels that the data has."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def of(self, problem: Problem) -> _OwnLabels:
+        """Of another problem."""
+        return _OwnLabels(problem)
+
+    def __call__(self, b: int, outputs: Tensor) -> list[Any]:
+        return [self._problem.on_device(b)]
+
+    def targets(self, b: int, head: ChunkedHead) -> list[Tensor]:
+        return [head.y_T]
+
+
+class _OuterProducts:
     """u -> the mean over label sets of sum_i r_i <r_i, u>, i counting tokens or sequences."""
 
-    def middle(problem: Problem, b: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    def __init__(self, per: str, labelled: SampledBatches | _OwnLabels) -> None:
+        self._per, self._labelled = per, labelled
+        self.apart = per == "token"
+
+    def of(self, problem: Problem) -> _OuterProducts:
+        """Of another problem with the same loss."""
+        return _OuterProducts(self._per, self._labelled.of(problem))
+
+    def __call__(self, problem: Problem, b: int, outputs: Tensor) -> Callable[[Tensor], Tensor]:
         loss = problem.require_split_loss()
-        batches = labelled(b, outputs)
+        batches = self._labelled(b, outputs)
         terms = loss.term_axes(outputs) if isinstance(loss, HasTerms) else ()
-        axes = tuple(sorted({*range(1, outputs.dim()), *terms})) if per == "sequence" else terms
+        axes = tuple(sorted({*range(1, outputs.dim()), *terms})) if self._per == "sequence" else terms
 
         def multiply(u: Tensor) -> Tensor:
             return sum(_along(residual(loss, outputs, batch), u, axes) for batch in batches) / len(batches)  # type: ignore[return-value]
 
         return multiply
 
-    return middle
+    def by_token(self, problem: Problem, b: int, head: ChunkedHead) -> TokenMatrix:
+        """(which tokens, their logits, q) to r_t <r_t, q_t>, the mean over label sets."""
+        drawn = self._labelled.targets(b, head)
+
+        def multiply(rows: slice, z_TV: Tensor, q_TV: Tensor) -> Tensor:
+            return sum(_along(cross_entropy_residual(z_TV, y_T[rows]), q_TV, (1,)) for y_T in drawn) / len(drawn)  # type: ignore[return-value]
+
+        return multiply
 
 
 def _along(r: Tensor, u: Tensor, axes: tuple[int, ...]) -> Tensor:

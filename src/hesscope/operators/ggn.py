@@ -5,13 +5,17 @@ from __future__ import annotations
 from hesscope.engines import make_output_engine
 from hesscope.operators.base import Operator
 from hesscope.operators.output_hessian import output_hessian
-from hesscope.operators.risk import CurvatureOfRisk, own_space, with_objective
+from hesscope.operators.risk import CurvatureOfRisk, own_precision, own_space, with_objective
 from hesscope.problem import Problem
 from hesscope.space import Space
 
 
 def ggn(
-    problem: Problem, space: Space | None = None, engine: str = "auto", graph_memory: int | None = None
+    problem: Problem,
+    space: Space | None = None,
+    engine: str = "auto",
+    graph_memory: int | None = None,
+    precision: str | None = None,
 ) -> Operator:
     """The generalised Gauss-Newton matrix of the problem's objective over a space.
 
@@ -31,6 +35,7 @@ def ggn(
         space: from `hesscope.select`; every trainable parameter by default.
         engine: "auto", which is "reverse-over-reverse".
         graph_memory: bytes that graphs kept between products may take; half of the free memory by default, 0 keeps none.
+        precision: as for `hesscope.hessian`.
 
     Raises:
         HesscopeError: a loss without outputs, an unknown engine, or a loss that is not finite.
@@ -45,5 +50,8 @@ def ggn(
     space = own_space(problem, space)
     loss = problem.require_split_loss()
     kept = make_output_engine(engine, output_hessian)
+    precision = own_precision(precision, problem, engine)
     convex = bool(getattr(loss, "convex", False))
-    return with_objective(CurvatureOfRisk(problem, space, kept, graph_memory, {"operator": "ggn"}, convex))
+    return with_objective(
+        CurvatureOfRisk(problem, space, kept, graph_memory, {"operator": "ggn"}, convex, precision=precision)
+    )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TypeVar
 
-from hesscope.engines import Engine, Linearization
+from hesscope.engines import Differential, Engine, Linearization
 from hesscope.errors import UnusedParameters
 from hesscope.memory import available_bytes
-from hesscope.models import state_key
+from hesscope.models import sharded, state_key
 from hesscope.problem import Problem
 from hesscope.space import Space
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,7 +31,9 @@ class GraphMemory:
 
 
 def graph_memory_of(problem: Problem, limit: int | None) -> GraphMemory:
-    """So many bytes; half of the free memory for None."""
+    """So many bytes; half of the free memory for None. Nothing stays of weights that are divided among processes."""
+    if sharded(problem.model) is not None:
+        return GraphMemory(0)
     return GraphMemory(available_bytes(problem.device) // 2 if limit is None else limit)
 
 
@@ -44,7 +49,10 @@ class KeptLinearizations:
         self._kept: dict[int, Linearization] = {}
         self._bytes = 0
         self._key = state_key(problem.model)
+        self._undecided: set[int] = set()
         self._unused: dict[int, set[str]] = {}
+        self._heads: dict[str, None] = {}
+        self._warned = False
 
     @property
     def bytes(self) -> int:
@@ -57,18 +65,22 @@ class KeptLinearizations:
         return len(self._kept)
 
     @property
-    def error(self) -> float:
-        """The largest relative error that an engine has estimated for a product."""
-        return max((made.error for made in self._kept.values()), default=0.0)
+    def head(self) -> str:
+        """How the loss has taken the output projection, in words; of batches that differ, each way once."""
+        return "; ".join(self._heads)
 
     def drop(self) -> None:
         """Let go of everything that is kept."""
         self._kept.clear()
+        self._undecided.clear()
         self._memory.used -= self._bytes
         self._bytes = 0
 
     def get(self, b: int) -> tuple[Linearization, bool, bool]:
-        """Batch b's linearization, whether it had to be built, and whether it is kept."""
+        """Batch b's linearization, whether it had to be built, and whether it is kept.
+
+        One that does not know its bytes yet may be kept by `done_with`.
+        """
         key = state_key(self._problem.model)
         if key != self._key:
             self.drop()
@@ -76,18 +88,44 @@ class KeptLinearizations:
         if b in self._kept:
             return self._kept[b], False, True
         made = self._engine.linearize(self._problem, b, self._space)
+        if made.head:
+            self._heads[made.head] = None
+        if not made.settled:
+            self._undecided.add(b)
+        return made, True, made.settled and self._keep(b, made)
+
+    def _keep(self, b: int, made: Linearization) -> bool:
+        """Keep it if there is room."""
         keep = self._memory.take(made.bytes)
         if keep:
             self._kept[b] = made
             self._bytes += made.bytes
-        return made, True, keep
+        return keep
 
-    def note_unused(self, b: int, made: Linearization) -> None:
-        """Warn once, after all batches were seen, of parameters that no batch uses; to be told after a batch's derivative."""
-        if b in self._unused:
-            return
-        self._unused[b] = set(made.unused)
-        warn_of_unused(self._unused, len(self._problem.batches))
+    def for_gradient(self, b: int) -> tuple[Differential, bool]:
+        """Batch b for its gradient, and whether a linearization had to be built."""
+        kept = b in self._kept and state_key(self._problem.model) == self._key
+        alone = None if kept else self._engine.gradient_alone(self._problem, b, self._space)
+        return self.get(b)[:2] if alone is None else (alone, False)
+
+    def done_with(self, b: int, made: Differential) -> None:
+        """To be told of every batch, after its derivative."""
+        if b not in self._unused:
+            self._unused[b] = set(made.unused)
+        if b in self._undecided and isinstance(made, Linearization):
+            self._undecided.discard(b)
+            self._keep(b, made)
+
+    def every_batch_seen(self) -> None:
+        """Warn once, when the ranks have been through all batches, of parameters that no batch uses."""
+        if not self._warned:
+            self._warned = True
+            warn_of_unused(merged(self._problem.comm.gathered(self._unused)), len(self._problem.batches))
+
+
+def merged(found: list[dict[int, T]]) -> dict[int, T]:
+    """What the ranks found of their batches, as one."""
+    return {b: value for of_rank in found for b, value in of_rank.items()}
 
 
 def warn_of_unused(unused: dict[int, set[str]], batches: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hesscope.engines import make_engine
 from hesscope.operators.base import Operator
-from hesscope.operators.risk import CurvatureOfRisk, own_space, with_objective
+from hesscope.operators.risk import CurvatureOfRisk, own_precision, own_space, with_objective
 from hesscope.problem import Problem
 from hesscope.space import Space
 
@@ -15,6 +15,7 @@ def hessian(
     engine: str = "auto",
     graph_memory: int | None = None,
     microbatch: int | None = None,
+    precision: str | None = None,
 ) -> Operator:
     """The Hessian of the problem's objective over a space.
 
@@ -32,9 +33,13 @@ def hessian(
             `describe()["engine_choice"]` says what was chosen and why.
         graph_memory: bytes that graphs kept between products may take; half of the free memory by default, 0 keeps none.
         microbatch: run so many sequences at once at most, whatever the batches; less memory, the same answer.
+        precision: "float32" (never less, and sums over batches in float64), "tf32" (on CUDA) or "bfloat16" (of what is linear in
+            the vectors), for weights in float32; as the weights are and torch is set by default, or as `hesscope.precision`
+            says. `H.product_error()` measures what that costs in digits.
 
     Raises:
-        HesscopeError: an unknown engine, a loss that is not finite, or batches that cannot be split.
+        HesscopeError: an unknown engine, a precision that means nothing for these weights, there or with that engine, a loss that
+            is not finite, or batches that cannot be split.
 
     Example:
         >>> import torch, hesscope as hs
@@ -44,7 +49,9 @@ def hessian(
         tensor([1., 4.])
     """
     space = own_space(problem, space)
-    kind = {"operator": "hessian"}
+    kind, precision = {"operator": "hessian"}, own_precision(precision, problem, engine)
     return with_objective(
-        CurvatureOfRisk(problem, space, make_engine(engine), graph_memory, kind, microbatch=microbatch)
+        CurvatureOfRisk(
+            problem, space, make_engine(engine), graph_memory, kind, microbatch=microbatch, precision=precision
+        )
     )

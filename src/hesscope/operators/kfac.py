@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from hesscope.communicator import Communicator
 from hesscope.engines.linear_uses import Box, Use
 from hesscope.errors import HesscopeError, UnusedParameters
 from hesscope.losses import SamplingLoss
 from hesscope.memory import available_bytes
 from hesscope.models import state_key
 from hesscope.operators.base import Operator
-from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_uses
+from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_every_use
 from hesscope.operators.fisher import SampledBatches
 from hesscope.operators.kronecker import KroneckerBlock
 from hesscope.operators.kronecker_factors import KroneckerFactors, Labelled
@@ -79,13 +80,14 @@ def kfac(
         >>> hs.kfac(problem, hs.select(problem, "weight")) @ torch.tensor([1.0, 0.0])
         tensor([ 0.2500, -0.2500])
     """
-    space = own_space(problem, space)
+    vectors_of = own_space(problem, space)
+    space = vectors_of.whole
     _require_settings(problem, corrected, labels, samples, per)
-    seed = resolve_seed(seed)
+    seed = problem.comm.on_first(lambda: resolve_seed(seed))
     kind: dict[str, Any] = {"operator": "ekfac" if corrected else "kfac", "labels": labels}
     kind |= {"samples": samples, "seed": seed} if labels == "sampled" else {}
     kind |= {"per": per} if corrected else {}
-    uses = [watch_uses(problem, b, space) for b in range(len(problem.batches))]
+    uses = watch_every_use(problem, space)
     boxes = _linear_boxes(space, uses)
     sequences = _sequences(problem, boxes, uses) if per == "sequence" else None
     _require_memory(space, boxes, corrected)
@@ -95,7 +97,7 @@ def kfac(
         else lambda b, outputs: [problem.on_device(b)]
     )
     return KroneckerFactored(
-        problem, KroneckerFactors(problem, space, boxes, labelled, samples, sequences), space, kind
+        problem, KroneckerFactors(problem, space, boxes, labelled, samples, sequences), vectors_of, kind
     )
 
 
@@ -119,10 +121,11 @@ class KroneckerFactored(Operator):
 
     def _matmat(self, V: Vectors) -> Vectors:
         blocks = self.blocks()
-        return {name: blocks[name].product(part.flatten(1)).view_as(part) for name, part in V.items()}
+        whole = self.space.gathered(V)
+        return self.space.own({name: blocks[name].product(x.flatten(1)).view_as(x) for name, x in whole.items()})
 
     def matrix_run(self, route: str) -> MatrixRun:
-        return DiagonalBlocks(self.space, lambda name, start, stop: self.blocks()[name].rows(start, stop))
+        return DiagonalBlocks(self.space.whole, lambda name, start, stop: self.blocks()[name].rows(start, stop))
 
     @property
     def knows_diagonal(self) -> bool:
@@ -130,7 +133,8 @@ class KroneckerFactored(Operator):
 
     def known_diagonal(self) -> Vectors:
         blocks = self.blocks()
-        return {c.name: blocks[c.name].diagonal().reshape(1, *c.shape) for c in self.space.coordinates}
+        found = {c.name: blocks[c.name].diagonal().reshape(1, *c.shape) for c in self.space.whole.coordinates}
+        return self.space.own(found)
 
     @property
     def numbers(self) -> int:
@@ -140,6 +144,10 @@ class KroneckerFactored(Operator):
     @property
     def units(self) -> float:
         return self._factors.units
+
+    @property
+    def comm(self) -> Communicator:
+        return self.problem.comm
 
     def describe(self) -> dict[str, Any]:
         return dict(self._kind)

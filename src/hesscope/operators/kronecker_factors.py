@@ -84,31 +84,41 @@ class KroneckerFactors:
     def _factors(self, parts: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[Tensor, Tensor]]:
         """(G, A) of every weight, or of the units and inputs that `parts` names."""
         sums = {name: _Sums(self._boxes[name], part, self._space.dtype) for name, part in parts.items()}
-        for b in range(len(self._problem.batches)):
-            for pairs in self._backward(b):
-                for name, found in pairs.items():
-                    sums[name].add(found)
-            for of_weight in sums.values():
-                of_weight.end_batch()
+        with self._problem.comm.summed(*(of_weight.parts for of_weight in sums.values())) as own:
+            for b in self._problem.mine:
+                for pairs in self._backward(b):
+                    for name, found in pairs.items():
+                        sums[name].add(found)
+                for of_weight in sums.values():
+                    of_weight.end_batch()
+                own.amount += self._cost(b)
+        self.units += own.amount
         return {name: of_weight.factors(self._problem.N * self._samples) for name, of_weight in sums.items()}
 
     def _eigenvalues(self, bases: dict[str, Eigenbases]) -> dict[str, Tensor]:
         """S of every weight, [R, C]."""
         S = {name: base.U.new_zeros(len(base.U), len(base.V)) for name, base in bases.items()}
         scale = 1.0 / (self._problem.N * self._samples)
-        for b in range(len(self._problem.batches)):
-            groups = None if self._sequences is None else self._sequences[b]
-            for pairs in self._backward(b):
-                for name, found in pairs.items():
-                    _add_eigenvalues(S[name], found, bases[name], groups, scale)
+        with self._problem.comm.summed(S) as own:
+            for b in self._problem.mine:
+                groups = None if self._sequences is None else self._sequences[b]
+                for pairs in self._backward(b):
+                    for name, found in pairs.items():
+                        _add_eigenvalues(S[name], found, bases[name], groups, scale)
+                own.amount += self._cost(b)
+        self.units += own.amount
         return S
+
+    def _cost(self, b: int) -> float:
+        """Forward passes over the data that the label sets of batch b take."""
+        passes = _FORWARD_UNITS + _BACKWARD_UNITS * self._samples
+        return passes * self._problem.counts[b] / self._problem.N
 
     def _backward(self, b: int) -> Iterator[dict[str, Pairs]]:
         """The pairs of batch b, one label set after another."""
         problem = self._problem
         graph, loss = LayerGradients(problem, b, self._space), problem.require_split_loss()
         batches = self._labelled(b, graph.outputs)
-        self.units += (_FORWARD_UNITS + _BACKWARD_UNITS * len(batches)) * problem.counts[b] / problem.N
         for i, batch in enumerate(batches):
             yield graph.pairs(residual(loss, graph.outputs, batch), last=i + 1 == len(batches))
 
@@ -120,8 +130,13 @@ class _Sums:
         self._part, self._dtype = part, dtype
         R, C = (box.out_features, box.in_features) if part is None else (len(part[0]), len(part[1]))
         self._G, self._A = (torch.zeros(k, k, dtype=dtype, device=box.place.device) for k in (R, C))
-        self._positions = 0
+        self._positions = torch.zeros(1, dtype=torch.float64)
         self._reached: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What ranks add up."""
+        return {"G": self._G, "A": self._A, "positions": self._positions}
 
     def add(self, pairs: Pairs) -> None:
         """One label set's derivatives of one batch."""
@@ -140,7 +155,7 @@ class _Sums:
 
     def factors(self, terms: int) -> tuple[Tensor, Tensor]:
         """(G, A); zero where no position counts."""
-        return self._G.div_(terms), self._A.div_(max(self._positions, 1))
+        return self._G.div_(terms), self._A.div_(max(int(self._positions), 1))
 
 
 def _eigenvectors(M: Tensor) -> Tensor:

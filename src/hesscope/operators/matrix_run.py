@@ -31,10 +31,20 @@ class MatrixRun(ABC):
     tasks: int
     #: Products expected in all.
     products: float
+    #: Graphs that are built in all.
+    graphs: int = 0
 
     @abstractmethod
     def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         """Add `weight` times what this task finds to the matrix [n, n], or to the diagonal [n]; returns the products taken."""
+
+    def is_shared(self, task: int) -> bool:
+        """Whether ranks do different parts of this task, whose sum is what it adds; otherwise all do the same."""
+        return False
+
+    def settle(self) -> None:
+        """Let all ranks know what each has noted; called by all of them, before `state` and at the end."""
+        return
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -168,10 +178,16 @@ class Weighted(MatrixRun):
 
     def __init__(self, base: MatrixRun, factor: float) -> None:
         self._base, self._factor = base, factor
-        self.tasks, self.products = base.tasks, base.products
+        self.tasks, self.products, self.graphs = base.tasks, base.products, base.graphs
 
     def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         return self._base.run(task, into, weight * self._factor)
+
+    def is_shared(self, task: int) -> bool:
+        return self._base.is_shared(task)
+
+    def settle(self) -> None:
+        self._base.settle()
 
     def state(self) -> dict[str, Any]:
         return self._base.state()
@@ -194,11 +210,20 @@ class OneAfterAnother(MatrixRun):
     def _add_up(self) -> None:
         self.tasks = self._first.tasks + self._second.tasks
         self.products = self._first.products + self._second.products
+        self.graphs = self._first.graphs + self._second.graphs
 
     def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
         if task < self._first.tasks:
             return self._first.run(task, into, weight)
         return self._second.run(task - self._first.tasks, into, weight)
+
+    def is_shared(self, task: int) -> bool:
+        first = task < self._first.tasks
+        return self._first.is_shared(task) if first else self._second.is_shared(task - self._first.tasks)
+
+    def settle(self) -> None:
+        self._first.settle()
+        self._second.settle()
 
     def state(self) -> dict[str, Any]:
         return {"terms": [self._first.state(), self._second.state()]}

@@ -9,6 +9,7 @@ selection change them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 
@@ -17,7 +18,7 @@ from hesscope.engines.sequence_probes import RankOne, SequenceProbes
 from hesscope.memory import available_bytes
 from hesscope.models import state_key
 from hesscope.operators.batch_plan import sequences_and_length, taken_apart
-from hesscope.operators.graphs import warn_of_unused
+from hesscope.operators.graphs import merged, warn_of_unused
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 from hesscope.space.random import signs, stream_key
@@ -39,9 +40,11 @@ class ProbedDiagonal:
         self.units, self._looked = 0.0, 1.0  # the look at the layers is paid for by the first draw
         self._plans = taken_apart(problem, space, lambda name, box: _is_full(space, box, name))
         self._checked = all(sequences == 1 for _, sequences in self._plans)
+        self._first = list(accumulate((_sequences(problem, b) for b in range(len(problem.batches))), initial=0))
         self._graphs: dict[int, SequenceProbes] = {}
         self._state: object = None
         self._unused: dict[int, set[str]] = {}
+        self._warned = False
 
     @property
     def groups(self) -> int:
@@ -59,19 +62,58 @@ class ProbedDiagonal:
 
     def draw(self, seed: int, number: int) -> Vectors:
         """Draw number `number` of a seed, as one vector."""
-        total, stream, names, first = self._space.zeros(), f"per-sequence/{number}", set(self.shared), 0
         self.units, self._looked = self.units + self._looked, 0.0
+        ready = self._hold_apart(seed)
+        total, stream, names = self._space.zeros(), f"per-sequence/{number}", set(self.shared)
         shared = Space([c for c in self._space.coordinates if c.name in names]).rademacher(seed, [stream])
-        for b, count in enumerate(self._problem.counts):
-            graph = self._graph(b, seed, first)
-            fits, sequences = self._plans[b]
-            graph.add(
-                self._probes(fits, seed, stream, range(first, first + sequences)), shared, total, 1.0 / self._problem.N
-            )
-            self.units += PROBE_UNITS * count / self._problem.N
-            first += _sequences(self._problem, b)
-            del graph  # one that is not kept goes before the next is built
+        with self._problem.comm.summed(total) as own:
+            before = self.units
+            for b in self._problem.mine:
+                graph = ready.pop(b) if b in ready else self._graph(b)
+                fits, sequences = self._plans[b]
+                graph.add(
+                    self._probes(fits, seed, stream, self._numbers(b, sequences)), shared, total, 1.0 / self._problem.N
+                )
+                self.units += self._cost(b, PROBE_UNITS)
+                del graph  # one that is not kept goes before the next is built
+            own.amount = self.units - before
+        self.units = before + own.amount
+        if not self._warned:
+            self._warned = True
+            warn_of_unused(merged(self._problem.comm.gathered(self._unused)), len(self._plans))
         return total
+
+    def _hold_apart(self, seed: int) -> dict[int, SequenceProbes]:
+        """Once, before the first draw, look whether the sequences of a batch touch one another; then each batch is one.
+
+        Returns the graph that was made for it, where it can be used.
+        """
+        if self._checked:
+            return {}
+        self._checked, ready = True, dict[int, SequenceProbes]()
+        b = next(b for b, (_, sequences) in enumerate(self._plans) if sequences > 1)
+        leak = torch.zeros(1, dtype=torch.float64)
+        with self._problem.comm.summed({"leak": leak}) as own:
+            if b in self._problem.mine:
+                before = self.units
+                fits, sequences = self._plans[b]
+                ready[b] = self._graph(b)
+                leak += ready[b].leak(self._probes(fits, seed, "leak", self._numbers(b, sequences)))
+                self.units, own.amount = before, self.units - before + self._cost(b, PROBE_UNITS)
+        self.units += own.amount
+        if float(leak) > min(_ROUNDINGS * self._space.rounding, 1e-3):
+            self._plans = [(fits, 1) for fits, _ in self._plans]
+            self.drop()
+            ready.clear()
+        return ready
+
+    def _numbers(self, b: int, sequences: int) -> range:
+        """The numbers of a batch's sequences in the data."""
+        return range(self._first[b], self._first[b] + sequences)
+
+    def _cost(self, b: int, units: float) -> float:
+        """Forward passes of a batch in those of all the data."""
+        return units * self._problem.counts[b] / self._problem.N
 
     def _probes(self, boxes: dict[str, Box], seed: int, stream: str, sequences: range) -> dict[str, RankOne]:
         """The probes of some sequences; one stream a draw, parameter and axis, with a row for each sequence."""
@@ -83,7 +125,7 @@ class ProbedDiagonal:
             found[name] = RankOne(units.to(self._space.dtype), inputs.to(self._space.dtype))
         return found
 
-    def _graph(self, b: int, seed: int, first: int) -> SequenceProbes:
+    def _graph(self, b: int) -> SequenceProbes:
         """Batch b's graph, kept or new."""
         state = state_key(self._problem.model)
         if state != self._state:
@@ -94,24 +136,14 @@ class ProbedDiagonal:
         if not self._graphs:
             self._make_room()
         made = self._built(b)
-        if not self._checked and self._plans[b][1] > 1:
-            fits, sequences = self._plans[b]
-            leak = made.leak(self._probes(fits, seed, "leak", range(first, first + sequences)))
-            self.units += PROBE_UNITS * self._problem.counts[b] / self._problem.N
-            self._checked = True
-            if leak > min(_ROUNDINGS * self._space.rounding, 1e-3):
-                self._plans = [(fits, 1) for fits, _ in self._plans]
-                made = self._built(b)
         if made.bytes + sum(graph.bytes for graph in self._graphs.values()) <= self._limit:
             self._graphs[b] = made
         return made
 
     def _built(self, b: int) -> SequenceProbes:
         made = SequenceProbes(self._problem, b, self._space, *self._plans[b])
-        self.units += BUILD_UNITS * self._problem.counts[b] / self._problem.N
-        if b not in self._unused:
-            self._unused[b] = set(made.unused)
-            warn_of_unused(self._unused, len(self._plans))
+        self.units += self._cost(b, BUILD_UNITS)
+        self._unused.setdefault(b, set(made.unused))
         return made
 
 

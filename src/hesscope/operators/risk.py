@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
+
+from hesscope.arithmetic import in_words, multiplying, resolve_precision, tolerance
+from hesscope.communicator import ALONE, Communicator, Own
 from hesscope.engines import Auto, Engine, make_output_engine
+from hesscope.engines.output_tails import rebound
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
-from hesscope.engines.streaming import Streamed
+from hesscope.engines.streaming import Streamed, StreamedThroughOutputs
 from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.errors import HesscopeError
-from hesscope.models import named_parameters, state_key
+from hesscope.models import elsewhere, named_parameters, sharded, state_key
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
@@ -19,18 +25,24 @@ from hesscope.operators.graphs import GraphMemory, KeptLinearizations, graph_mem
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
 from hesscope.operators.output_hessian import output_hessian
 from hesscope.operators.probed_diagonal import ProbedDiagonal
+from hesscope.operators.product_error import ProductError, are_stated, measure_product_error
+from hesscope.operators.room import make_room
 from hesscope.operators.sampled import sample
 from hesscope.operators.sampled_diagonal import SampledDiagonal, has_sampled_diagonal
 from hesscope.problem import Problem, select
 from hesscope.problem.microbatches import microbatched
-from hesscope.space import Space, Vectors, vectors
+from hesscope.space import Division, Space, Vectors, vectors
+
+#: Engines that have passes in which everything is linear in the vectors.
+_APART = (Auto.name, ReverseOverReverse.name, Streamed.name)
 
 
 class CurvatureOfRisk(Operator):
     """(1/N) sum over batches of what the engine gives for a batch's summed loss: its Hessian, GGN or Fisher matrix.
 
     `kind` is the operator's name and settings, for the record of a result. With `microbatch` the loop goes over smaller
-    batches of the same sequences. With `memory` its kept graphs share the room of another operator's.
+    batches of the same sequences. With `memory` its kept graphs share the room of another operator's. `precision` is one of
+    `hesscope.arithmetic`.
     """
 
     def __init__(
@@ -43,50 +55,127 @@ class CurvatureOfRisk(Operator):
         positive_semidefinite: bool = False,
         microbatch: int | None = None,
         memory: GraphMemory | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__(space, positive_semidefinite)
-        self._kind = kind
+        self._kind, self.precision = kind, precision
+        if precision in ("tf32", "bfloat16") and isinstance(engine, Auto):
+            engine.note = f"{engine.chosen}: others are not measured with precision {precision!r}"
         self.problem = problem
         self.engine = engine
         self._microbatch = microbatch
         self._parts = problem if microbatch is None else microbatched(problem, microbatch)
         self._memory = graph_memory_of(self._parts, graph_memory) if memory is None else memory
-        self._graphs = KeptLinearizations(self._parts, space, engine, self._memory)
+        #: What engines know: vectors that are not divided among processes.
+        self._inner = space.whole
+        self._graphs = KeptLinearizations(self._parts, self._inner, engine, self._memory)
         self._graph_memory = graph_memory
-        self._units = 0.0
+        self._units, self._error = 0.0, 0.0
+        self._seen: set[int] = set()
         self._columns: list[BatchColumns] = []
         self._sampled: SampledDiagonal | None = None
         self._probed: ProbedDiagonal | None = None
         self._gauss_newton: CurvatureOfRisk | None = None
+        self._has_room = False
+        self._measured_error: tuple[object, ProductError] | None = None
+
+    def _make_room(self) -> None:
+        """Before anything heavy: see that it fits, or take what does."""
+        # Ranks would have to decide as one; that weights are elsewhere they all know.
+        if self._has_room or (self.comm.describe() is not None and elsewhere(self.problem.model) is None):
+            return
+        self._has_room = True
+        middle = self.engine.middle if isinstance(self.engine, ThroughOutputs) else None
+        streamed = Streamed if middle is None else partial(StreamedThroughOutputs, middle)
+        before = self.engine
+        self.engine, left = make_room(self.engine, streamed, self._parts, self._inner)
+        if left is not None and self._graph_memory is None and len(self._parts.batches) > 1:
+            self._memory.limit = min(self._memory.limit, left)
+        if self.engine is not before:
+            self._graphs = KeptLinearizations(self._parts, self._inner, self.engine, self._memory)
 
     def _matmat(self, V: Vectors) -> Vectors:
-        if isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
-            self._measure(self.engine, V)
+        exact = self.precision in (None, "float32")
+        if exact and isinstance(self.engine, Auto) and self.engine.due(self._parts, self.products - vectors.count(V)):
+            self._measure(self.engine, self.space.gathered(V))
         return self.product_over(range(len(self._parts.batches)), V)
 
     def product_over(self, batches: Sequence[int], V: Vectors) -> Vectors:
         """What these batches contribute to the product: (1/N) times their sum."""
-        self._units += self.engine.prepare(self._parts, self.space)
+        self._make_room()
+        with multiplying("float32"):
+            self._units += self.engine.prepare(self._parts, self._inner)
         if self._probed is not None:
             self._probed.drop()
-        result = self.space.zeros(vectors.count(V))
+        if self.space.divided is None:
+            result = self._sum_over(batches, V)
+        elif isinstance(self.engine, StreamedThroughOutputs) or self._is_streamed:
+            result = self._divided_sum_over(batches, V, self.space.divided)
+        else:
+            result = self.space.own(self._sum_over(batches, self.space.gathered(V)))
+        self._seen |= set(batches)
+        if len(self._seen) == len(self._parts.batches):
+            self._graphs.every_batch_seen()
+        vectors.scale_(result, 1.0 / self._parts.N)
+        return vectors.in_dtype(result, self.dtype)
+
+    def _sum_over(self, batches: Sequence[int], V: Vectors) -> Vectors:
+        """N times that, on vectors that every rank has whole."""
+        count = vectors.count(V)
+        sums, columns = self._inner.sums(count, self.sum_dtype), self.comm.columns(count)
+        mine = set(self._parts.mine_of_columns(count))
+        V_own = vectors.columns(V, columns.start, columns.stop)
+        into: Vectors = sums if columns == slice(0, count) else vectors.ColumnsOf(sums, columns)
+        with self.comm.summed(sums, of=V) as own, self._parts.held(), multiplying(self.precision):
+            self._add_products([b for b in batches if b in mine], V_own, into, own)
+        self._note(own)
+        return sums.complete()
+
+    def _divided_sum_over(self, batches: Sequence[int], V: Vectors, divided: Division) -> Vectors:
+        """The same on divided ones: every block's part is gathered when its turn comes, and its sum goes where it belongs."""
+        sums = self.space.sums(vectors.count(V), self.sum_dtype).complete()
+        whole, of = ({name: x for name, x in X.items() if name not in divided.rows} for X in (sums, V))
+        mine = [b for b in batches if b in set(self._parts.mine)]
+        with (
+            divided.exchanged(V, sums, self._parts.outside) as (V_brought, into, give_rest),
+            self.comm.summed(whole, of=of) as own,
+            self._parts.held(),
+            multiplying(self.precision),
+        ):
+            self._add_products(mine, V_brought, into, own)
+            give_rest()
+        divided.exchange.total_of_replicas([sums[name] for name in divided.rows])
+        self._note(own)
+        return sums
+
+    def _add_products(self, batches: Sequence[int], V: Vectors, into: Vectors, own: Own) -> None:
         for b in batches:
             linearization, built, kept = self._graphs.get(b)
             before = 0 if built else linearization.passes
-            linearization.add_product(V, into=result, last=not kept)
-            self._graphs.note_unused(b, linearization)
-            self._spend(b, self.engine.units(built, linearization.passes - before, vectors.count(V)))
+            linearization.add_product(V, into=into, last=not kept)
+            self._graphs.done_with(b, linearization)
+            units = self.engine.units(built, linearization.passes - before, vectors.count(V))
+            own.amount += self._share(b) * units
+            own.error = max(own.error, linearization.error)
             del linearization  # one that is not kept goes before the next is built
-        vectors.scale_(result, 1.0 / self._parts.N)
-        return result
+
+    def _note(self, own: Own) -> None:
+        self._units += own.amount
+        self._error = max(self._error, own.error)
 
     def _measure(self, engine: Auto, V: Vectors) -> None:
         """Let engine="auto" choose; what another engine has made is of no use to the one that takes over."""
-        first, built, kept = self._graphs.get(0)
-        self._spend(0, engine.units(built, 0, 0))
+
+        def measured() -> tuple[float, str, str]:
+            first, built, kept = self._graphs.get(0)
+            spent = engine.units(built, 0, 0) + engine.measure(self._parts, self._inner, V, first, kept)
+            return spent, engine.chosen, engine.note
+
         before = engine.chosen
-        self._spend(0, engine.measure(self._parts, self.space, V, first, kept))
-        if engine.chosen != before:
+        spent, chosen, note = self.comm.on_first(measured)  # whose share the first batch is
+        engine.choose(chosen, note)
+        self._units += self._share(0) * spent
+        if chosen != before:
             self._graphs.drop()
 
     def sampled(self, batches: int, seed: int, draw: int) -> Operator:
@@ -95,29 +184,38 @@ class CurvatureOfRisk(Operator):
     def narrowed(self, part: Space) -> CurvatureOfRisk:
         self.release()  # graphs kept for the whole make room for those of the part
         return CurvatureOfRisk(
-            self.problem, part, self.engine.for_part(), self._graph_memory, self._kind, self.positive_semidefinite, self._microbatch
+            self.problem, part, self.engine.for_part(), self._graph_memory, self._kind, self.positive_semidefinite, self._microbatch,
+            precision=self.precision,
         )  # fmt: skip
 
     def risk_and_gradient(self) -> tuple[float, Vectors]:
-        """R and its gradient over the selection, from the same graphs."""
-        total, gradient = 0.0, self.space.zeros()
-        for b in range(len(self._parts.batches)):
-            linearization, built, _ = self._graphs.get(b)
-            total += linearization.total
-            spent = self.engine.units(built, 0, 0) + linearization.gradient_units
-            vectors.add_(gradient, linearization.gradient())
-            self._graphs.note_unused(b, linearization)
-            self._spend(b, spent)
-            del linearization
-        return total / self._parts.N, vectors.scale(gradient, 1.0 / self._parts.N)
+        """R and its gradient over the selection; of graphs only those that are kept."""
+        self._make_room()
+        total, gradient = torch.zeros(1, dtype=torch.float64), self._inner.sums(1, self.sum_dtype)
+        # A gradient has nothing that is linear in a vector.
+        precision = None if self.precision == "bfloat16" else self.precision
+        with self.comm.summed({"total": total}, gradient) as own, self._parts.held(), multiplying(precision):
+            for b in self._parts.mine:
+                linearization, built = self._graphs.for_gradient(b)
+                total += linearization.total
+                spent = self.engine.units(built, 0, 0) + linearization.gradient_units
+                vectors.add_(gradient, linearization.gradient())
+                self._graphs.done_with(b, linearization)
+                own.amount += self._share(b) * spent
+                del linearization
+        self._units += own.amount
+        self._graphs.every_batch_seen()
+        found = vectors.scale(self.space.own(gradient.complete()), 1.0 / self._parts.N)
+        return float(total) / self._parts.N, vectors.in_dtype(found, self.dtype)
 
     def matrix_run(self, route: str) -> MatrixRun:
         """Batch by batch, on a graph of its own; an engine asked for by another name is taken at its word."""
-        if not isinstance(self.engine, (Auto, ReverseOverReverse, ThroughOutputs)):
+        self._make_room()
+        if not isinstance(self.engine, (Auto, ReverseOverReverse, ThroughOutputs)) or self._is_streamed:
             return UnitVectors(self)
         middle = self.engine.middle if isinstance(self.engine, ThroughOutputs) else None
         # Graphs kept for products, those of a probe before the run included, make room for the block's own.
-        self._columns.append(BatchColumns(self._parts, self.space, route, self.release, middle))
+        self._columns.append(BatchColumns(self._parts, self._inner, route, self.release, middle, self.precision))
         return self._columns[-1]
 
     @property
@@ -128,9 +226,10 @@ class CurvatureOfRisk(Operator):
         if not self.draws_diagonal:
             return super().draw_diagonal(seed, number)
         if self._sampled is None:
-            self._sampled = SampledDiagonal(self._parts, self.space, self._memory)
+            self._sampled = SampledDiagonal(self._parts, self._inner, self._memory)
         self.products += 1
-        return self._sampled.draw(seed, number)
+        with multiplying(self.precision):
+            return self.space.own(self._sampled.draw(seed, number))
 
     @property
     def probed_groups(self) -> int:
@@ -142,7 +241,8 @@ class CurvatureOfRisk(Operator):
         self.products += 1
         if self._gauss_newton is not None:
             self._gauss_newton.release()
-        return self._probes().draw(seed, number)
+        with multiplying(self.precision):
+            return self.space.own(self._probes().draw(seed, number))
 
     @property
     def has_gauss_newton(self) -> bool:
@@ -165,21 +265,31 @@ class CurvatureOfRisk(Operator):
         if self._probed is not None:
             self._probed.drop()
         if self._gauss_newton is None:
-            engine = make_output_engine(Streamed.name if isinstance(self.engine, Streamed) else "auto", output_hessian)
+            engine = make_output_engine(Streamed.name if self._is_streamed else "auto", output_hessian)
             self._gauss_newton = CurvatureOfRisk(
-                self.problem, self.space, engine, self._graph_memory, {"operator": "ggn"}, True, self._microbatch, self._memory
+                self.problem, self.space, engine, self._graph_memory, {"operator": "ggn"}, True, self._microbatch, self._memory,
+                self.precision,
             )  # fmt: skip
         return self._gauss_newton
 
     @property
     def _has_probes(self) -> bool:
         """Whether this is a Hessian by exact products; an engine asked for by another name is taken at its word."""
-        return self._kind["operator"] == "hessian" and isinstance(self.engine, (Auto, ReverseOverReverse))
+        return (
+            self._kind["operator"] == "hessian"
+            and isinstance(self.engine, (Auto, ReverseOverReverse))
+            and not self._is_streamed
+        )
+
+    @property
+    def _is_streamed(self) -> bool:
+        """Whether the streamed engine has been asked for, or has taken over for want of memory."""
+        return isinstance(self.engine, Streamed) or (isinstance(self.engine, Auto) and self.engine.settled)
 
     def _probes(self) -> ProbedDiagonal:
         if self._probed is None:
             # Graphs kept for products make room for those of the probes, and the other way round.
-            self._probed = ProbedDiagonal(self._parts, self.space, self._graph_memory, self._graphs.drop)
+            self._probed = ProbedDiagonal(self._parts, self._inner, self._graph_memory, self._graphs.drop)
         return self._probed
 
     def release(self) -> None:
@@ -191,8 +301,13 @@ class CurvatureOfRisk(Operator):
         if self._gauss_newton is not None:
             self._gauss_newton.release()
 
-    def _spend(self, b: int, units: float) -> None:
-        self._units += units * self._parts.counts[b] / self._parts.N
+    def _share(self, b: int) -> float:
+        """The part of the data that a batch is."""
+        return self._parts.counts[b] / self._parts.N
+
+    @property
+    def comm(self) -> Communicator:
+        return self.problem.comm
 
     @property
     def units(self) -> float:
@@ -205,13 +320,61 @@ class CurvatureOfRisk(Operator):
             "engine": self.engine.name,
             "engine_choice": self.engine.note or f"{self.engine.name}, as asked",
             "microbatch": self._microbatch,
+            "precision": in_words(self.precision, self.problem.device),
             "graphs_kept": self._graphs.batches,
             "graph_bytes": self._graphs.bytes,
-            "engine_error": self._graphs.error,
+            "engine_error": self._error,
+            "head": self._graphs.head,
         }
 
     def origin(self) -> dict[str, Any] | None:
         return self.problem.describe()
+
+    # ---- precision
+
+    @property
+    def tolerance(self) -> float:
+        return max(self.space.tolerance, tolerance(self.precision))
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "float32" else self.dtype
+
+    def product_error(self, seed: int = 0) -> ProductError:
+        self._make_room()
+        source = (
+            self if self.space.divided is None else self._like(self.problem, self._inner, self.engine, self.precision)
+        )
+        found = self.comm.on_first(lambda: measure_product_error(source, seed))
+        self._measured_error = state_key(self.problem.model), found
+        return found
+
+    @property
+    def known_error(self) -> ProductError | None:
+        if self._measured_error is not None and self._measured_error[0] == state_key(self.problem.model):
+            return self._measured_error[1]
+        return self.product_error() if are_stated() else None
+
+    def of_small(self, small: Problem) -> CurvatureOfRisk:
+        """The operator of a few tokens, by the engine that runs."""
+        engine = self.engine.for_part()
+        if isinstance(engine, (ThroughOutputs, StreamedThroughOutputs)):
+            engine.middle = rebound(engine.middle, small)
+        return self._like(small, self.space, engine, self.precision)
+
+    def reference(
+        self, run: CurvatureOfRisk, twin: Problem, space: Space, precision: str | None, engine: Engine | None = None
+    ) -> CurvatureOfRisk:
+        """The same as `run` of a twin of its problem, by double backward or that engine: labels that `run` drew are kept."""
+        own = run.engine
+        if engine is None and isinstance(own, (ThroughOutputs, StreamedThroughOutputs)):
+            engine = ThroughOutputs(own.middle)
+        return self._like(twin, space, engine or ReverseOverReverse(), precision)
+
+    def _like(self, problem: Problem, space: Space, engine: Engine, precision: str | None) -> CurvatureOfRisk:
+        made = CurvatureOfRisk(problem, space, engine, 0, self._kind, self.positive_semidefinite, precision=precision)
+        made._has_room = True  # that was looked at for all together
+        return made
 
 
 class CurvatureOfPerplexity(Operator):
@@ -283,8 +446,28 @@ class CurvatureOfPerplexity(Operator):
         self._of_risk.release()
 
     @property
+    def tolerance(self) -> float:
+        return self._of_risk.tolerance
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return self._of_risk.sum_dtype
+
+    def product_error(self, seed: int = 0) -> ProductError:
+        """That of A's products."""
+        return self._of_risk.product_error(seed)
+
+    @property
+    def known_error(self) -> ProductError | None:
+        return self._of_risk.known_error
+
+    @property
     def units(self) -> float:
         return self._of_risk.units
+
+    @property
+    def comm(self) -> Communicator:
+        return self._of_risk.comm
 
     def describe(self) -> dict[str, Any]:
         perplexity, updated, _ = self._updated()
@@ -307,6 +490,11 @@ def own_space(problem: object, space: object) -> Space:
     if not isinstance(space, Space):
         raise HesscopeError(f"Expected a space, from hs.select(problem, ...), got {type(space).__name__}.")
     shapes = {name: tuple(p.shape) for name, p in named_parameters(problem.model).items()}
+    if sharded(problem.model) is not None and problem.comm is ALONE:
+        raise HesscopeError(
+            "Expected the problem of a model whose weights are divided among processes to be divided, too: pass it through "
+            "hs.data_parallel(problem) on every process."
+        )
     for c in space.coordinates:
         if shapes.get(c.name) != c.parameter_shape:
             raise HesscopeError(
@@ -314,6 +502,18 @@ def own_space(problem: object, space: object) -> Space:
                 f"{list(c.parameter_shape)}; call hs.select with this problem."
             )
     return space
+
+
+def own_precision(precision: str | None, problem: Problem, engine: str) -> str | None:
+    """The precision that was asked for, known to mean something for these weights, there, and with that engine."""
+    weights = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
+    found = resolve_precision(precision, weights, problem.device)
+    if found == "bfloat16" and engine not in _APART:
+        raise HesscopeError(
+            f"Expected engine to be {', '.join(_APART[:-1])} or {_APART[-1]} with precision='bfloat16', got {engine!r}: its passes "
+            "mix what is linear in the vectors with what is not."
+        )
+    return found
 
 
 def with_objective(of_risk: CurvatureOfRisk) -> Operator:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError
 from hesscope.operators.base import Operator
 from hesscope.space import Space, Vectors, vectors
@@ -22,6 +23,12 @@ class OverBatches(Protocol):
 
     @property
     def units(self) -> float: ...
+
+    @property
+    def tolerance(self) -> float: ...
+
+    @property
+    def comm(self) -> Communicator: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -48,8 +55,16 @@ class Sampled(Operator):
         return result
 
     @property
+    def tolerance(self) -> float:
+        return self._whole.tolerance
+
+    @property
     def units(self) -> float:
         return self._whole.units
+
+    @property
+    def comm(self) -> Communicator:
+        return self._whole.comm
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "sampled", "batches": list(self._chosen), "of": self._whole.describe()}

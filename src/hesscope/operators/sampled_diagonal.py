@@ -37,14 +37,18 @@ class SampledDiagonal:
         """Draw number `number` of a seed, as one vector: the diagonal of that sample's Fisher matrix per sequence."""
         problem, total = self._problem, self._space.zeros()
         key = stream_key(seed, f"fisher/{number}")
-        for b, count in enumerate(problem.counts):
-            graph = self._graph(b)
-            assert isinstance(problem.loss, SamplingLoss)
-            labelled = problem.loss.sample(graph.outputs, problem.on_device(b), key, sum(problem.counts[:b]))
-            u = residual(problem.require_split_loss(), graph.outputs, labelled)
-            graph.add(u, total, 1.0 / problem.N)
-            self.units += _DRAW_UNITS * count / problem.N
-            del graph  # one that is not kept goes before the next is built
+        with problem.comm.summed(total) as own:
+            before = self.units
+            for b in problem.mine:
+                graph = self._graph(b)
+                assert isinstance(problem.loss, SamplingLoss)
+                labelled = problem.loss.sample(graph.outputs, problem.on_device(b), key, sum(problem.counts[:b]))
+                u = residual(problem.require_split_loss(), graph.outputs, labelled)
+                graph.add(u, total, 1.0 / problem.N)
+                self.units += _DRAW_UNITS * problem.counts[b] / problem.N
+                del graph  # one that is not kept goes before the next is built
+            own.amount = self.units - before
+        self.units = before + own.amount
         return total
 
     def drop(self) -> None:

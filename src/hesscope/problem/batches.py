@@ -82,3 +82,21 @@ def _has_list_of(batch: Any, rows: int) -> bool:
         plain = [part for part in batch if not isinstance(part, (Tensor, Mapping, list, tuple))]
         return len(plain) == rows or any(_has_list_of(part, rows) for part in batch)
     return False
+
+
+def longest(batch: Any) -> int:
+    """The most positions that any of a batch's token tensors has; 0 where it holds none."""
+    return max((x.shape[1] for x in tree_leaves(batch) if _is_tokens(x)), default=0)
+
+
+def a_few_tokens(batch: Any, length: int = 32) -> Any:
+    """The first tokens of a batch's first sequence; the whole batch where it is not one of tokens."""
+    tokens = [x for x in tree_leaves(batch) if _is_tokens(x)]
+    others = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim() > 0 and not _is_tokens(x)]
+    if not tokens or others:
+        return batch
+    return tree_map(lambda x: x[:1, :length] if isinstance(x, Tensor) and x.dim() > 0 else x, batch)
+
+
+def _is_tokens(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()

@@ -15,11 +15,12 @@ from hesscope.data.batching import require_context
 from hesscope.data.tokens import require_sequences
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, LastTokenCrossEntropyLoss, OneHotSquaredErrorLoss, SplitLoss
-from hesscope.models import context_length, is_hooked, load_model, load_tokenizer, place_model
+from hesscope.models import context_length, is_hooked, load_model, load_tokenizer, place_model, unwrapped
 from hesscope.models.loading import resolve_device, resolve_dtype
 from hesscope.problem.problem import Problem
 
-_LONGEST_DEFAULT = 2048
+#: Tokens a sequence at most, where no length is given.
+LONGEST_DEFAULT = 2048
 _LOSSES: dict[str, type[SplitLoss]] = {
     "next_token": CausalLMLoss,
     "classification": LastTokenCrossEntropyLoss,
@@ -43,9 +44,13 @@ def causal_lm(
     objective: str = "nll",
     dropout: str = "off",
     seed: int = 0,
+    attention: str = "auto",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     loss: str = "next_token",
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    borders: str | Path = "device",
 ) -> Problem:
     """The next-token loss of a causal language model on frozen text.
 
@@ -66,7 +71,12 @@ def causal_lm(
             a given model's works on a copy.
         objective: "nll" (R) or "perplexity" (exp R).
         dropout: "off", or "frozen" for one mask a batch, drawn from `seed`.
+        attention: "auto", "sdpa", "eager" or "tiled", as for `hesscope.Problem`.
         revision, cache_dir: passed on to the Hub.
+        device_map: where hesscope loads the model, the places of its parts, as `from_pretrained` takes them: "auto" (what one
+            device cannot hold goes to others, to the CPU and to disk), "disk", or a dictionary.
+        offload_folder: a folder for weights that rest on disk.
+        borders: "device", "cpu", "disk" or a folder, as for `hesscope.Problem`.
         loss: "next_token", R as above; "classification", the same for the last valid token of each sequence only, one
             example a sequence; "regression", the mean over tokens and vocabulary of the squared difference between the
             logits and the one-hot next token.
@@ -74,14 +84,21 @@ def causal_lm(
     Raises:
         HesscopeError: an unknown loss, no such model or data, text shorter than one window, sequences longer than the model's context.
     """
-    criterion = _loss(loss)
+    criterion = loss_named(loss)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     hub: dict[str, Any] = {
         key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None
     }
+    if isinstance(model, nn.Module) and (device_map is not None or offload_folder is not None):
+        raise HesscopeError(
+            "Expected no device_map= or offload_folder= with a model that is loaded: give them to from_pretrained."
+        )
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
     loaded = (
-        place_model(model, dtype, device) if isinstance(model, nn.Module) else load_model(model, dtype, device, **hub)
+        place_model(model, dtype, device)
+        if isinstance(model, nn.Module)
+        else load_model(model, dtype, device, device_map=device_map, offload_folder=offload_folder, **hub)
     )
     context = context_length(loaded)
     require_context(length or 0, context, "each sequence")
@@ -91,7 +108,7 @@ def causal_lm(
     if tokenizer is None and is_hooked(loaded):
         tokenizer = getattr(loaded, "tokenizer", None)
     encode = tokenizer_of(tokenizer, name, hub) if source.kind in ("rows", "texts") else None
-    window = length or min(context or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
+    window = length or min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
     if source.kind in ("rows", "texts"):
         found = sequences_of(source, encode, window, sequences, pack)
         batches = batches_of_sequences(found, batch_size)
@@ -104,24 +121,31 @@ def causal_lm(
         objective=objective,
         dropout=dropout,
         seed=seed,
+        attention=attention,
+        borders=borders,
         source=describe_source(loaded, name, encode, source.name, window),
     )
 
 
 def with_loss(problem: Problem, loss: str, objective: str = "nll") -> Problem:
     """The same model on the same frozen batches under another of the losses and objectives of `causal_lm`."""
-    return Problem(
+    other = Problem(
         problem.model,
-        _loss(loss),
+        loss_named(loss),
         problem.batches,
         objective=objective,
         dropout=problem.dropout,
         seed=problem.seed,
+        attention=problem.attention,
+        borders=problem.borders,
         source=problem.source,
     )
+    other.comm = problem.comm
+    return other
 
 
-def _loss(name: str) -> SplitLoss:
+def loss_named(name: str) -> SplitLoss:
+    """The language-model loss of that name; raises HesscopeError for another."""
     if name not in _LOSSES:
         raise HesscopeError(f"Expected loss to be one of {', '.join(_LOSSES)}, got {name!r}.")
     return _LOSSES[name]()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,26 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
 from hesscope.losses import Loss, MeanLoss, SplitLoss
-from hesscope.models import borrowed, first_nonfinite_module, named_parameters, parameters, require_one_device
-from hesscope.models.borrow import attention_note
+from hesscope.models import (
+    borrowed,
+    class_name,
+    elsewhere,
+    find_trunk,
+    first_nonfinite_module,
+    named_parameters,
+    parameters,
+    require_one_device,
+    sharded,
+    unwrapped,
+    values_of,
+)
+from hesscope.models.attention.choice import Choice, choose
 from hesscope.models.dropout import require_no_dropout
-from hesscope.problem.batches import content_hash, freeze, sequences_in
+from hesscope.problem.batches import a_few_tokens, content_hash, freeze, longest, sequences_in
+from hesscope.resting import require_place
 
 OBJECTIVES = ("nll", "perplexity")
 DROPOUTS = ("off", "frozen")
@@ -38,9 +53,14 @@ class Problem:
         count: for a function that returns a mean: the number of terms in a batch's mean, as `count(batch)`.
         objective: "nll" for R itself (nats, where the loss is a log-likelihood), "perplexity" for exp(R).
         dropout: "off" refuses a model that would drop; "frozen" keeps one mask a batch, drawn from `seed`.
+        attention: "sdpa", "eager" or "tiled" (exact, in memory linear in the length) for a model of transformers; "auto" takes
+            tiles from 1024 positions on, where the model runs them, and otherwise the model's own or what stands for it.
+        borders: where hidden states between blocks rest with engine="streamed" while another block's turn is: "device", "cpu",
+            "disk" (a temporary folder) or a folder; files go when they are no longer needed.
 
     Raises:
-        HesscopeError: no batches, a mean without `count`, parameters on several devices, active dropout.
+        HesscopeError: no batches, a mean without `count`, parameters on several devices, active dropout, an attention that
+            was asked for and that the model does not run.
     """
 
     def __init__(
@@ -54,25 +74,33 @@ class Problem:
         dropout: str = "off",
         seed: int = 0,
         source: dict[str, Any] | None = None,
+        attention: str | Choice = "auto",
+        borders: str | Path = "device",
     ) -> None:
         _require_choice("objective", objective, OBJECTIVES)
         _require_choice("dropout", dropout, DROPOUTS)
+        model = unwrapped(model)
         self.device = require_one_device(model)
         if dropout == "off":
             require_no_dropout(model)
         self.model = model
         self.loss = _as_loss(loss, count)
         self.batches = freeze(batches)
-        self.objective = objective
+        require_place(borders)
+        self.objective, self.borders = objective, borders
         self.dropout = dropout
         self.seed = seed
         self.source = dict(source or {})
         #: Which mask each batch has under frozen dropout: its place in the problem that it was first part of.
         self.places: tuple[int, ...] = tuple(range(len(self.batches)))
+        #: The processes that share its batches; `hesscope.data_parallel` gives it more than this one.
+        self.comm: Communicator = ALONE
+        self._mine: dict[bool, tuple[Communicator, tuple[int, ...]]] = {}
         self._hashed: tuple[object, str] | None = None
+        self.attention = attention if isinstance(attention, Choice) else self._choose_attention(attention)
 
     def __repr__(self) -> str:
-        return f"Problem({type(self.model).__name__}, {type(self.loss).__name__}, {len(self.batches)} batches)"
+        return f"Problem({class_name(self.model)}, {type(self.loss).__name__}, {len(self.batches)} batches)"
 
     # ---- counting
 
@@ -95,14 +123,39 @@ class Problem:
         """The number of loss terms over all batches, the one divisor of the risk."""
         return sum(self.counts)
 
+    @property
+    def mine(self) -> tuple[int, ...]:
+        """The batches whose sums this process finds; all of them, where it works alone."""
+        return self._share(self.comm.share, False)
+
+    def mine_of_columns(self, count: int) -> tuple[int, ...]:
+        """The same for a product with `count` vectors, where this process may have only some of the vectors."""
+        divided = count >= self.comm.probe_groups > 1
+        return self._share(self.comm.share_of_columns, True) if divided else self.mine
+
+    def _share(self, share: Callable[[list[float]], tuple[int, ...]], of_columns: bool) -> tuple[int, ...]:
+        comm, found = self._mine.get(of_columns, (None, ()))
+        if comm is not self.comm:
+            found = share([max(count, 1) for count in self.counts])
+            self._mine[of_columns] = self.comm, found
+        return found
+
     # ---- running
 
     @contextmanager
     def running(self, b: int) -> Iterator[None]:
         """The state in which batch b is run: attention with a second derivative, dropout off or frozen."""
         seed = None if self.dropout == "off" else _batch_seed(self.seed, self.places[b])
-        with borrowed(self.model, dropout_seed=seed):
+        with borrowed(self.model, dropout_seed=seed, attention=self.attention.target):
             yield
+
+    def _choose_attention(self, asked: str) -> Choice:
+        def trial(implementation: str | None) -> float:
+            few = tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, a_few_tokens(self.batches[0]))
+            with torch.no_grad(), borrowed(self.model, attention=implementation):
+                return float(self.loss.total(self.model, few)[0])
+
+        return choose(self.model, asked, max(map(longest, self.batches)), self.dropout == "frozen", trial)
 
     def total(
         self, b: int, replaced: dict[str, Tensor] | None = None, *, loss: Loss | None = None, copies: int = 1
@@ -113,7 +166,7 @@ class Problem:
         batch's sequences. Raises HesscopeError where the sum is not finite.
         """
         total, count = self._run((loss or self.loss).total, b, replaced, copies)
-        return self._checked(b, total), count
+        return self.checked(b, total), count
 
     def outputs(self, b: int, replaced: dict[str, Tensor] | None = None, *, copies: int = 1) -> Tensor:
         """The model's outputs for batch b, with some parameters replaced; for a loss that passes through them."""
@@ -124,9 +177,13 @@ class Problem:
             )
         return outputs
 
+    def run(self, function: Callable[[nn.Module, Any], Any], b: int, replaced: dict[str, Tensor] | None = None) -> Any:
+        """function(model, batch b) in the state in which the batch is run, with some parameters replaced."""
+        return self._run(function, b, replaced)
+
     def total_of_outputs(self, b: int, outputs: Tensor) -> Tensor:
         """The sum of the losses of batch b from the model's outputs. Raises HesscopeError where it is not finite."""
-        return self._checked(b, self.require_split_loss().total_of_outputs(outputs, self.on_device(b))[0])
+        return self.checked(b, self.require_split_loss().total_of_outputs(outputs, self.on_device(b))[0])
 
     def require_split_loss(self) -> SplitLoss:
         """The loss, known to pass through the model's outputs."""
@@ -141,7 +198,12 @@ class Problem:
         self, function: Callable[[nn.Module, Any], Any], b: int, replaced: dict[str, Tensor] | None, copies: int = 1
     ) -> Any:
         """function(model, batch b) in the state in which the batch is run; parameters not replaced are constants."""
-        fixed = {name: p.detach() for name, p in named_parameters(self.model).items()}
+        fixed = {
+            name: values_of(self.model, name, p)
+            if name in self.outside and name not in (replaced or {})
+            else p.detach()
+            for name, p in named_parameters(self.model).items()
+        }
         state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
         batch = self.on_device(b)
         if copies > 1:
@@ -149,14 +211,30 @@ class Problem:
         with self.running(b):
             return functional_call(_Applied(self.model, function), state, (batch,))
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, weights outside the blocks that are divided among processes are gathered once."""
+        store = sharded(self.model)
+        with nullcontext() if store is None else store.holding(self.outside):
+            yield
+
+    @cached_property
+    def outside(self) -> frozenset[str]:
+        """Weights that rest elsewhere and that no block of the trunk owns: a loss may look at them past their module."""
+        store, trunk = elsewhere(self.model), find_trunk(self.model)
+        inside = f"{trunk.prefix}." if trunk is not None else " "
+        return frozenset(name for name in (store.names if store else ()) if not name.startswith(inside))
+
     def on_device(self, b: int) -> Any:
         """Batch b on the model's device."""
         return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, self.batches[b])
 
     def risk(self) -> float:
         """R: the mean loss over all valid terms (nats for a log-likelihood). One forward pass."""
-        with torch.no_grad():
-            return math.fsum(float(self.total(b)[0]) for b in range(len(self.batches))) / self.N
+        total = torch.zeros(1, dtype=torch.float64)
+        with torch.no_grad(), self.comm.summed({"total": total}):
+            total += math.fsum(float(self.total(b)[0]) for b in self.mine)
+        return float(total) / self.N
 
     # ---- relatives
 
@@ -216,11 +294,13 @@ class Problem:
             dropout=self.dropout,
             seed=self.seed,
             source=self.source,
+            borders=self.borders,
+            attention=self.attention if model is None or type(model) is type(self.model) else self.attention.asked,
         )
+        other.comm = self.comm
         if batches is None:
             other.places = self.places
         if model is None:
-            self._model_fingerprint()
             other._hashed = self._hashed
         return other
 
@@ -256,7 +336,7 @@ class Problem:
         """Hash the weights anew only when they changed."""
         key = parameters.state_key(self.model)
         if self._hashed is None or self._hashed[0] != key:
-            self._hashed = (key, parameters.fingerprint(self.model))
+            self._hashed = (key, parameters.fingerprint(self.model, partial(values_of, self.model)))
         return self._hashed[1]
 
     def describe(self) -> dict[str, Any]:
@@ -265,20 +345,20 @@ class Problem:
             "fingerprint": self.fingerprint,
             "data_fingerprint": self.data_fingerprint,
             "weights_fingerprint": self._model_fingerprint(),
-            "model": type(self.model).__name__,
+            "model": class_name(self.model),
             "loss": type(self.loss).__name__,
             "objective": self.objective,
             "dropout": self.dropout,
             "batches": len(self.batches),
             "terms": self.N,
-            "attention": attention_note(self.model),
+            "attention": self.attention.note,
             **self.source,
         }
 
     # ---- complaints
 
-    def _checked(self, b: int, total: Tensor) -> Tensor:
-        """The total, known to be one finite number."""
+    def checked(self, b: int, total: Tensor) -> Tensor:
+        """The summed loss of batch b, known to be one finite number; raises HesscopeError where it is not."""
         if total.numel() != 1:
             raise HesscopeError(
                 f"Expected the loss of a batch to be one number, its sum, got a tensor of shape {list(total.shape)}; "

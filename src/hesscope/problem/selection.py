@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hesscope.errors import HesscopeError
-from hesscope.models import find_trunk, named_parameters, places
+from hesscope.exchange import own_rows
+from hesscope.models import find_trunk, named_parameters, offloaded, places, sharded
 from hesscope.problem.indices import coordinates, cut
 from hesscope.problem.layers import Names, find_layers
 from hesscope.problem.numbers import Numbers
 from hesscope.problem.patterns import Pattern, choose
 from hesscope.problem.problem import Problem
-from hesscope.space import Coordinates, Space
+from hesscope.space import Coordinates, Rows, Space
 from hesscope.space.random import stream_key, subset
 
 
@@ -80,16 +81,26 @@ def select(
             index, place = chosen[name], where[name]
             if index is None and is_cut:
                 index = cut(name, tuple(parameter.shape), place.unit_axis, rows, first)
-            found.append(coordinates(name, parameter, index, place))
+            found.append(_beside(model, coordinates(name, parameter, index, place)))
     return Space(found if random is None else _subset(found, random, seed))
+
+
+def _beside(model: nn.Module, c: Coordinates) -> Coordinates:
+    """Vectors of an offloaded weight rest on the CPU, beside it; those of a whole weight that is divided are divided with it."""
+    if (spread := sharded(model)) is not None and c.name in spread and c.index is None:
+        exchange = spread.exchange
+        own = own_rows(c.parameter_shape[0], exchange.rank, exchange.size)
+        return dataclasses.replace(c, rows=Rows(exchange, own.start, own.stop))
+    store = offloaded(model)
+    return c if store is None or c.name not in store else dataclasses.replace(c, device=torch.device("cpu"))
 
 
 def _subset(whole: list[Coordinates], count: int, seed: int) -> list[Coordinates]:
     """`count` coordinates drawn without replacement from a whole selection, in its order."""
-    sizes = torch.tensor([c.size for c in whole])
+    sizes = torch.tensor([c.whole.size for c in whole])
     if count > (size := int(sizes.sum())):
         raise HesscopeError(f"Expected random to be at most the {size} selected entries, got {count}.")
-    key = stream_key(seed, "subset", *(f"{c.name} {c.shape}" for c in whole))
+    key = stream_key(seed, "subset", *(f"{c.name} {c.whole.shape}" for c in whole))
     drawn, starts = subset(key, count, size), sizes.cumsum(0) - sizes
     parts = torch.tensor_split(drawn, torch.searchsorted(drawn, starts[1:]).tolist())
     return [_only(c, part - start) for c, part, start in zip(whole, parts, starts, strict=True) if len(part)]
@@ -98,7 +109,7 @@ def _subset(whole: list[Coordinates], count: int, seed: int) -> list[Coordinates
 def _only(c: Coordinates, positions: Tensor) -> Coordinates:
     """The coordinates at some positions in the order of others."""
     index = positions if c.index is None else c.index[positions]
-    return dataclasses.replace(c, index=index, index_shape=None)
+    return dataclasses.replace(c, index=index, index_shape=None, rows=None)
 
 
 def _require_count(name: str, value: int | None) -> None:

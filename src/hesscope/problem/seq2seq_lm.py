@@ -14,7 +14,7 @@ from hesscope.data.tokens import require_sequences
 from hesscope.errors import HesscopeError
 from hesscope.losses import Seq2SeqLMLoss
 from hesscope.losses.cross_entropy import IGNORED
-from hesscope.models import load_model, place_model
+from hesscope.models import load_model, place_model, unwrapped
 from hesscope.models.loading import resolve_device, resolve_dtype
 from hesscope.problem.causal_lm import describe_source, tokenizer_of, vocabulary_of
 from hesscope.problem.problem import Problem
@@ -36,6 +36,7 @@ def seq2seq_lm(
     objective: str = "nll",
     dropout: str = "off",
     seed: int = 0,
+    attention: str = "auto",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Problem:
@@ -53,7 +54,7 @@ def seq2seq_lm(
         sequences: use only so many pairs (or batches), the first ones.
         batch_size: pairs a batch. It changes memory and speed, not the result.
         source_column, target_column: names of the two texts in a file or in rows.
-        dtype, device, objective, dropout, seed, revision, cache_dir: as for `hesscope.causal_lm`.
+        dtype, device, objective, dropout, seed, attention, revision, cache_dir: as for `hesscope.causal_lm`.
 
     Raises:
         HesscopeError: no such model or data, a model that does not shift labels, token ids outside its vocabulary.
@@ -61,6 +62,7 @@ def seq2seq_lm(
     hub: dict[str, Any] = {
         key: value for key, value in {"revision": revision, "cache_dir": cache_dir}.items() if value is not None
     }
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     name = str(model) if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "") or None
     loaded = (
@@ -83,6 +85,7 @@ def seq2seq_lm(
         objective=objective,
         dropout=dropout,
         seed=seed,
+        attention=attention,
         source=describe_source(loaded, name, encode, came_from, window),
     )
 

@@ -13,6 +13,7 @@ from hesscope.results.groups import Groups
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.loading import load
 from hesscope.results.perplexity import PerplexityStudy
+from hesscope.results.plan import Plan
 from hesscope.results.structure import Structure
 from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
@@ -30,6 +31,7 @@ __all__ = [
     "Groups",
     "LanczosRun",
     "PerplexityStudy",
+    "Plan",
     "Result",
     "Structure",
     "StructureComparison",

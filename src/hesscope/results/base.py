@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
+from hesscope.operators.product_error import ProductError
 
 TENSORS, MANIFEST = "result.safetensors", "manifest.json"
 #: What a result can be; a folder holds one of them, with a figure of that name.
 KINDS = (
     *("approximations", "block", "convergence", "density", "diagonal", "diagonal-study"),
-    *("eigs", "eigs-track", "groups", "lanczos", "perplexity-study"),
+    *("eigs", "eigs-track", "groups", "lanczos", "perplexity-study", "plan"),
     *("structure", "structure-comparison", "trace", "verify"),
 )
 #: Files that some results of a kind have and others have not: those of an earlier one go when it is replaced.
@@ -64,6 +65,11 @@ class Result(ABC):
     def views(self) -> dict[str, dict[str, Any]]:
         """Further pictures for a run's folder, as {name: options of `plot`}."""
         return {}
+
+    def product_error_line(self) -> str:
+        """The measured error of the operator's products in words; empty where it was not measured."""
+        found = self.provenance.get("product_error")
+        return str(ProductError(**found)) if found else ""
 
     def cost_line(self) -> str:
         """The cost in words."""

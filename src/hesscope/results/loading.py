@@ -21,6 +21,7 @@ from hesscope.results.eigs_track import EigsTrack
 from hesscope.results.groups import Groups
 from hesscope.results.lanczos import LanczosRun
 from hesscope.results.perplexity import PerplexityStudy
+from hesscope.results.plan import Plan
 from hesscope.results.structure import Structure
 from hesscope.results.structure_comparison import StructureComparison
 from hesscope.results.trace import Trace
@@ -41,6 +42,7 @@ KINDS: dict[str, type[Result]] = {
             Groups,
             LanczosRun,
             PerplexityStudy,
+            Plan,
             Structure,
             StructureComparison,
         ),

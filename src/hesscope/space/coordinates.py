@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from hesscope.exchange import Exchange
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a parameter that this process holds, and the processes that hold all of them."""
+
+    exchange: Exchange
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +29,8 @@ class Coordinates:
     the selected part: the parameter's own where the whole of it is selected, `W[index].shape` for a slice, `[m]` for a
     list of m flat indices. `block` counts the blocks of a model's trunk and is None outside it; `layer` is the name
     inside the block, or in full outside it, without `.weight` (`mlp.up_proj`, `lm_head`); `unit_axis` is the axis of the
-    parameter's output units: 0 for `nn.Linear`, 1 for a `Conv1D`, 1 or 2 for experts stacked along axis 0.
+    parameter's output units: 0 for `nn.Linear`, 1 for a `Conv1D`, 1 or 2 for experts stacked along axis 0. Of a whole parameter
+    that is divided among processes, `rows` are the coordinates that are here.
     """
 
     name: str
@@ -30,9 +42,17 @@ class Coordinates:
     block: int | None = None
     layer: str | None = None
     unit_axis: int = 0
+    rows: Rows | None = None
+
+    @property
+    def whole(self) -> Coordinates:
+        """Those of all processes."""
+        return self if self.rows is None else replace(self, rows=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.rows is not None:
+            return self.rows.stop - self.rows.start, *self.parameter_shape[1:]
         if self.index is None:
             return self.parameter_shape
         return self.index_shape if self.index_shape is not None else (self.index.numel(),)
@@ -44,10 +64,13 @@ class Coordinates:
     def key(self) -> tuple[str, tuple[int, ...], tuple[int, ...], str | None]:
         """What tells one selection of coordinates from another: name, shapes, and a hash of any indices."""
         picked = None if self.index is None else hashlib.sha256(self.index.cpu().numpy().tobytes()).hexdigest()
-        return self.name, self.parameter_shape, self.shape, picked
+        return self.name, self.parameter_shape, self.whole.shape, picked
 
     def flat_indices(self) -> Tensor:
         """Positions inside the row-major parameter, [size] int64, on the CPU."""
+        if self.rows is not None:
+            inner = math.prod(self.parameter_shape[1:])
+            return torch.arange(self.rows.start * inner, self.rows.stop * inner)
         return torch.arange(self.size) if self.index is None else self.index
 
     def gather(self, whole: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from hesscope.errors import HesscopeError
 from hesscope.space import random, sums, vectors
 from hesscope.space.coordinates import Coordinates
-from hesscope.space.vectors import Vectors
+from hesscope.space.division import Division, as_dtensor, local_part
+from hesscope.space.vectors import Sums, Vectors
 
 
 class Space:
@@ -29,13 +30,31 @@ class Space:
     def __init__(self, coordinates: Sequence[Coordinates]) -> None:
         self.coordinates = tuple(coordinates)
 
+    @cached_property
+    def divided(self) -> Division | None:
+        """How vectors are divided among processes; None where each process has all of them."""
+        return Division.of(self.coordinates)
+
+    @cached_property
+    def whole(self) -> Space:
+        """The space of the same coordinates whose vectors are not divided."""
+        return self if self.divided is None else Space([c.whole for c in self.coordinates])
+
+    def gathered(self, V: Vectors) -> Vectors:
+        """Vectors of `whole` from this space's; every process takes part and has them."""
+        return V if self.divided is None else self.divided.gathered(V)
+
+    def own(self, V: Vectors) -> Vectors:
+        """Vectors of this space from those of `whole`."""
+        return V if self.divided is None else self.divided.own(V)
+
     def __repr__(self) -> str:
         return f"Space({self.size} coordinates of {len(self.coordinates)} parameters)"
 
     @cached_property
     def size(self) -> int:
         """The number of coordinates, n."""
-        return sum(c.size for c in self.coordinates)
+        return sum(c.whole.size for c in self.coordinates)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -62,8 +81,10 @@ class Space:
     @cached_property
     def slices(self) -> dict[str, slice]:
         """Where each parameter's coordinates are in a flat vector."""
-        ends = accumulate(c.size for c in self.coordinates)
-        return {c.name: slice(end - c.size, end) for c, end in zip(self.coordinates, ends, strict=True)}
+        sizes = [c.whole.size for c in self.coordinates]
+        return {
+            c.name: slice(end - k, end) for c, k, end in zip(self.coordinates, sizes, accumulate(sizes), strict=True)
+        }
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +98,7 @@ class Space:
     @property
     def labels(self) -> list[str]:
         """One readable label a coordinate, in order."""
-        return [label for c in self.coordinates for label in c.labels()]
+        return [label for c in self.coordinates for label in c.whole.labels()]
 
     def describe(self) -> dict[str, Any]:
         """The selection for the record of a result, as JSON: size, and per parameter its shapes, indices and place."""
@@ -101,17 +122,28 @@ class Space:
         """Whether both spaces have the same coordinates in the same order."""
         return self is other or [c.key() for c in self.coordinates] == [c.key() for c in other.coordinates]
 
+    def like(self, given: dict[str, Tensor], V: Vectors) -> dict[str, Tensor]:
+        """One vector as DTensors where those given are, and whole elsewhere."""
+        whole = self.gathered({name: part for name, part in V.items() if not hasattr(given[name], "to_local")})
+        return {name: as_dtensor(given[name], V[name][0]) if name not in whole else whole[name][0] for name in V}
+
     # ---- the border to flat tensors and dictionaries
 
     def unflatten(self, flat_nK: Tensor) -> Vectors:
         """Split a flat [n, K] tensor into vectors."""
+        if self.divided is not None:
+            return self.own(self.whole.unflatten(flat_nK))
         parts = torch.split(flat_nK.detach().T.to(self.dtype), [c.size for c in self.coordinates], dim=1)
         return {
             c.name: part.reshape(-1, *c.shape).to(c.device) for c, part in zip(self.coordinates, parts, strict=True)
         }
 
-    def flatten(self, V: Vectors) -> Tensor:
-        """Join vectors into a flat [n, K] tensor."""
+    def flatten(self, V: Vectors, give_up: bool = False) -> Tensor:
+        """Join vectors into a flat [n, K] tensor; with `give_up` it may be in their memory, so that they are not to be used on."""
+        if self.divided is not None:
+            return self.whole.flatten(self.gathered(V))
+        if give_up and (flat := self._joined(V)) is not None:
+            return flat
         return torch.cat([_rows(c, V).to(self.device) for c in self.coordinates], 1).T
 
     def from_dict(self, v: dict[str, Tensor]) -> Vectors:
@@ -134,10 +166,11 @@ class Space:
         return self.unflatten(v[:, None])
 
     def _shaped(self, c: Coordinates, part: Tensor) -> Tensor:
-        if tuple(part.shape) != c.shape:
+        if tuple(part.shape) != c.whole.shape:
             raise HesscopeError(
-                f"Expected {c.name} to have shape {list(c.shape)} as selected, got {list(part.shape)}; reshape it."
+                f"Expected {c.name} to have shape {list(c.whole.shape)} as selected, got {list(part.shape)}; reshape it."
             )
+        part = local_part(c, part)
         return part.detach().to(device=c.device, dtype=self.dtype)
 
     def place(self, V: Vectors) -> Vectors:
@@ -148,21 +181,50 @@ class Space:
 
     def zeros(self, count: int = 1) -> Vectors:
         """The zero vector, `count` times."""
-        return self._fill(lambda c: torch.zeros(count, *c.shape, dtype=self.dtype, device=c.device))
+        return self._fill(lambda c: self._zeros(c, count))
+
+    def sums(self, count: int = 1, dtype: torch.dtype | None = None) -> Sums:
+        """The zero vector, `count` times, to be added to, in another dtype if given; its parts take no memory before that.
+
+        A single one on a single device has all its parts side by side in memory.
+        """
+        by_name = {c.name: c for c in self.coordinates}
+        if count != 1 or self.divided is not None or any(c.device != self.device for c in self.coordinates):
+            return Sums(by_name, lambda name: self._zeros(by_name[name], count, dtype))
+        flat = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
+        return Sums(by_name, lambda name: flat[self.slices[name]].zero_().view(1, *by_name[name].shape))
+
+    def _zeros(self, c: Coordinates, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(count, *c.shape, dtype=dtype or self.dtype, device=c.device)
+
+    def _joined(self, V: Vectors) -> Tensor | None:
+        """One vector whose parts are side by side in memory, as [n, 1] without a copy; else None."""
+        first = V[self.coordinates[0].name]
+        storage = first.untyped_storage()
+        for c in self.coordinates:
+            x, at = V[c.name], self.slices[c.name].start
+            beside = x.untyped_storage().data_ptr() == storage.data_ptr() and x.storage_offset() == at
+            if not beside or len(x) != 1 or not x.is_contiguous():
+                return None
+        whole = storage.nbytes() == self.size * first.itemsize
+        return first.as_strided((self.size, 1), (1, self.size), 0) if whole else None
 
     def inner(self, U: Vectors, V: Vectors) -> Tensor:
         """All inner products <u_k, v_l>, a [K, L] float64 tensor on the CPU."""
-        total = torch.zeros(vectors.count(U), vectors.count(V), dtype=torch.float64)
+        shape = vectors.count(U), vectors.count(V)
+        return self._total(lambda c: sums.products(_rows(c, U), _rows(c, V)), shape)
+
+    def _total(self, sum_of: Callable[[Coordinates], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """A sum over all coordinates, float64 on the CPU, from one function of a parameter's part."""
+        total = torch.zeros(shape, dtype=torch.float64)
+        apart = torch.zeros(shape, dtype=torch.float64)
         for c in self.coordinates:
-            total += sums.products(_rows(c, U), _rows(c, V)).to("cpu", torch.float64)
-        return total
+            (total if c.rows is None else apart).add_(sum_of(c).to("cpu", torch.float64))
+        return total if self.divided is None else total + self.divided.total(apart)
 
     def norms(self, V: Vectors) -> Tensor:
         """Euclidean norms, [K] float64."""
-        squares = torch.zeros(vectors.count(V), dtype=torch.float64)
-        for c in self.coordinates:
-            squares += sums.squares(_rows(c, V)).to("cpu", torch.float64)
-        return squares.sqrt()
+        return self._total(lambda c: sums.squares(_rows(c, V)), (vectors.count(V),)).sqrt()
 
     def combine(self, V: Vectors, weights_KL: Tensor) -> Vectors:
         """Linear combinations: L vectors, the l-th being sum_k weights[k, l] v_k."""
@@ -172,6 +234,8 @@ class Space:
 
     def basis(self, start: int, stop: int) -> Vectors:
         """The unit vectors e_start .. e_(stop-1) of the selection's order."""
+        if self.divided is not None:
+            return self.own(self.whole.basis(start, stop))
         result = self.zeros(stop - start)
         for name, own in self.slices.items():
             first, last = max(start, own.start), min(stop, own.stop)
@@ -204,7 +268,7 @@ class Space:
 
 def _rows(c: Coordinates, V: Vectors) -> Tensor:
     """One parameter's part of V as a matrix, [K, size]; a scalar parameter's part has no axis to flatten."""
-    return V[c.name].reshape(-1, c.size)
+    return V[c.name].reshape(len(V[c.name]), c.size)
 
 
 def flat_space(size: int, dtype: torch.dtype, device: torch.device) -> Space:

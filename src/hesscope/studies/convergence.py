@@ -64,7 +64,7 @@ def convergence(
         tensor([2.0000, 5.0000, 9.3333])
     """
     began = time.perf_counter()
-    space = select(problem) if space is None else space
+    space = (select(problem) if space is None else space).whole
     if operator not in _SUMS or operator not in PROBLEM_OPERATORS:
         known = " or ".join(name for name in _SUMS if name in PROBLEM_OPERATORS)
         raise HesscopeError(f"Expected an operator that is a sum over sequences, {known}, got {operator!r}.")

@@ -63,7 +63,7 @@ def cross_check(
         True
     """
     began = time.perf_counter()
-    space = select(problem) if space is None else space
+    space = (select(problem) if space is None else space).whole
     if columns < 1 or entries < 1:
         raise HesscopeError(f"Expected at least one column and one entry to check, got {columns} and {entries}.")
     twin, wide = in_float64(problem, space)

@@ -44,7 +44,7 @@ def perplexity_study(problem: Problem, space: Space | None = None) -> Perplexity
         'confirmed'
     """
     began = time.perf_counter()
-    space = select(problem) if space is None else space
+    space = (select(problem) if space is None else space).whole
     of_risk = hessian(problem.related(objective="nll"), space)
     assert isinstance(of_risk, CurvatureOfRisk)
     _require_memory(of_risk.problem, space)

@@ -118,7 +118,8 @@ class Estimator(Iteration):
 
     @property
     def _late(self) -> bool:
-        return self._limits.seconds is not None and self._elapsed >= self._limits.seconds
+        seconds = self._limits.seconds
+        return seconds is not None and self._H.comm.on_first(lambda: self._elapsed >= seconds)
 
     @property
     def _elapsed(self) -> float:

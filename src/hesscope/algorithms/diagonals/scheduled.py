@@ -76,7 +76,8 @@ class Scheduled(Estimator):
 
 def vectors_that_fit(H: Operator) -> int:
     """How many vectors the free memory holds."""
-    return int(available_bytes(H.space.device) // (H.space.size * H.dtype.itemsize))
+    free = H.comm.on_first(lambda: available_bytes(H.space.device))
+    return int(free // (H.space.size * H.dtype.itemsize))
 
 
 def within_memory(H: Operator, method: str, limits: Limits, copies: int) -> Limits:

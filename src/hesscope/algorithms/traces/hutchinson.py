@@ -39,11 +39,13 @@ class Hutchinson(TraceEstimator):
 
     def step(self) -> None:
         m = len(self._values)
-        stop = min(m + (chunk_size(self._H) if self._target is None else 1), self._most)
+        stop = min(m + (chunk_size(self._H) if self._target is None else self._H.comm.probe_groups), self._most)
         Z = self._H.space.rademacher(self._seed, range(m, stop))
         AZ = self._H.matmat(Z)
         require_finite(self._H, AZ)
-        self._values += self._H.space.inner(Z, AZ).diagonal().tolist()
+        for value in self._H.space.inner(Z, AZ).diagonal().tolist():
+            if not self.done:  # what is made beyond the last that counts is as if it had not been
+                self._values.append(value)
         self._expect()
 
     def _expect(self) -> None:

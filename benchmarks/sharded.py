@@ -1,0 +1,129 @@
+"""Weights, vectors and a Krylov basis divided among 1, 2 and 4 ranks by fully_shard: memory per rank, bytes moved, seconds.
+
+    python benchmarks/sharded.py [--ranks 1 2 4] [--steps 10]
+
+A Llama of 29.5 million weights (width 512, 8 blocks, tied), 4 sequences of 64 tokens, all weights, float32, Lanczos with its basis.
+Every rank is a fresh process with one thread. Memory is resident memory above what it was before the model: held at rest, with
+the basis, and the peak of the run. Bytes are those that a rank sends in gathers and sums, counted at each, and over the network interface
+`lo` (Linux) of all ranks together; the least is, with R ranks and b sequences a rank at most,
+
+    (R - 1) / R * (b * (2 weights + 2 vector + 1 sum of the blocks) + (weights + vector + sum) of the rest) * 4 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring import peak_bytes, reset_peak, write_record
+
+SEQUENCES, LENGTH = 4, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--side", action="store_true")
+    given = parser.parse_args()
+    if given.side:
+        print(json.dumps(side(given.steps)))
+        return
+    figures = {}
+    print(
+        "ranks  sharded GB  held GB  peak GB  seconds a step  MB sent a product  of the least  on the wire, of the least"
+    )
+    for ranks in given.ranks:
+        found = figures[str(ranks)] = together(ranks, given.steps)
+        moved = [found[key] / found["least"] if found["least"] else 1.0 for key in ("moved", "wire")]
+        print(
+            f"{ranks:5}  {found['sharded'] / 1e9:10.3f}  {found['held'] / 1e9:7.3f}  {found['peak'] / 1e9:7.3f}  "
+            f"{found['seconds']:14.2f}  {found['moved'] / 1e6:17.1f}  {moved[0]:12.3f}  {moved[1]:25.3f}"
+        )
+    print(f"written to {write_record('sharded', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
+
+
+def together(ranks: int, steps: int) -> dict[str, Any]:
+    """Run the ranks; the largest memory of any, and what rank 0 says of the rest."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, __file__, "--side", "--steps", str(steps)]
+    started = [
+        subprocess.Popen(
+            command, env=common | {"RANK": str(r), "WORLD_SIZE": str(ranks)}, stdout=subprocess.PIPE, text=True
+        )
+        for r in range(ranks)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"{ranks} ranks failed")
+    found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    result: dict[str, Any] = found[0] | {key: max(f[key] for f in found) for key in ("held", "peak", "moved")}
+    return result
+
+
+def side(steps: int) -> dict[str, Any]:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+    from hessian_product import make_model
+
+    import hesscope as hs
+    from hesscope.algorithms.krylov import Krylov
+    from hesscope.models import sharded
+
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    hs.hessian(hs.supervised(torch.nn.Linear(2, 3), [(torch.ones(4, 2), torch.zeros(4).long())])) @ torch.ones(9)
+    before = reset_peak()
+    model = make_model(LENGTH)
+    n = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    tokens = torch.randint(0, 8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+    hs.fully_shard_model(model)
+    problem = hs.data_parallel(hs.causal_lm(model, tokens, batch_size=1))
+    H = hs.hessian(problem, engine="streamed")
+    store = sharded(model)
+    assert store is not None
+    run = Krylov(H, H.space.gaussian(0, ["start"]), 0, restart=False, capacity=steps)
+    run.step()  # with the check
+    dist.barrier()
+    reset_peak()
+    moved, wire, began = store.exchange.moved_bytes, _wire(), time.perf_counter()
+    for _ in range(steps - 1):
+        run.step()
+    lasted, wired = time.perf_counter() - began, _wire() - wire
+    peak = peak_bytes() - before
+    problem.comm.any(False)
+    held = reset_peak() - before
+    ranks, rounds = problem.comm.ranks, -(-SEQUENCES // problem.comm.ranks)
+    problem.comm.any(False)
+    return {
+        "coordinates": n,
+        "sharded": 4 * (n + steps * n) / ranks,  # weights and basis
+        "held": held,
+        "peak": peak,
+        "seconds": lasted / (steps - 1),
+        "moved": (store.exchange.moved_bytes - moved) / (steps - 1),
+        "wire": wired / (steps - 1) / ranks,
+        "least": 4 * (ranks - 1) / ranks * (rounds * 5 * blocks + 3 * (n - blocks)),
+        "ritz": run.ritz()[0].tolist(),
+    }
+
+
+def _wire() -> int:
+    """Bytes sent over the loopback interface since the machine started."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+if __name__ == "__main__":
+    main()

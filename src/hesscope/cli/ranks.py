@@ -1,0 +1,83 @@
+"""One command in several processes: the ranks that torchrun starts work together, and rank 0 speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from hesscope.communicator import ALONE, Communicator
+from hesscope.errors import HesscopeError
+
+if TYPE_CHECKING:
+    from hesscope.problem import Problem
+
+LAYOUTS = ("data", "fsdp", "hsdp")
+_COMM: ContextVar[Communicator] = ContextVar("comm", default=ALONE)
+
+
+def comm() -> Communicator:
+    """The ranks of this command."""
+    return _COMM.get()
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun, or something that sets the same variables, started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def shared(problem: Problem, options: dict[str, Any]) -> Problem:
+    """The problem with its batches divided among the ranks of this command; all must have the same, and the same options."""
+    layout, ranks = options["layout"], comm()
+    if layout not in LAYOUTS:
+        raise HesscopeError(f"Expected --layout to be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, got {layout!r}.")
+    if ranks is ALONE:
+        if layout != "data":
+            raise HesscopeError(f"Expected several processes with --layout {layout}; put torchrun before the command.")
+        return problem
+    from hesscope.parallel import divided, fully_shard_model, mesh_of
+
+    if layout != "data":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        fully_shard_model(problem.model, mesh_of(layout, ranks.device_type, local))
+        problem = problem.related()
+    return divided(problem, comm(), {name: repr(value) for name, value in options.items()})
+
+
+@contextmanager
+def in_ranks(timeout: float, probe_groups: int = 1) -> Iterator[None]:
+    """Inside, the processes that torchrun has started are one command; only rank 0 writes to the terminal."""
+    if not started_by_launcher():
+        if probe_groups != 1:
+            raise HesscopeError(
+                f"Expected several processes with --probe-groups {probe_groups}; put torchrun before the command."
+            )
+        yield
+        return
+    from hesscope.parallel import launched
+
+    with launched(timeout, probe_groups) as found, ExitStack() as stack:
+        if found.rank > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        token = _COMM.set(found)
+        try:
+            with found.watched():
+                yield
+        finally:
+            _COMM.reset(token)
+
+
+def speaks() -> bool:
+    """Whether this process says what all of them have to say."""
+    return not started_by_launcher() or os.environ["RANK"] == "0"
+
+
+def say(sentence: str) -> None:
+    """One sentence on the error stream, with the rank that says it."""
+    rank = f"rank {os.environ['RANK']}: " if started_by_launcher() else ""
+    print(f"hesscope: {rank}{sentence}", file=sys.__stderr__ if rank else sys.stderr, flush=True)

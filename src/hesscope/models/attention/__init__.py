@@ -1,0 +1,1 @@
+"""Attention whose derivatives, first and second, take memory linear in the length."""

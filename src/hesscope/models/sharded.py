@@ -1,0 +1,216 @@
+"""Weights that `torch.distributed.fsdp.fully_shard` has divided among processes, gathered while they are used.
+
+Such a model's parameters are DTensors of which every process holds some rows, and hooks of the modules that `fully_shard` was
+called on gather them for a forward and a backward pass of training. While a model is borrowed these hooks are put aside, and
+others gather what nothing else stands in for, an `Exchange` doing the work, so that processes need not run in step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscope.errors import HesscopeError
+from hesscope.exchange import Exchange, Table
+from hesscope.models.parameters import aliases, is_sharded, local_rows, named_parameters
+from hesscope.models.standing import Standing
+
+#: Marks a function in place of a module's forward that needs none of its weights.
+STANDS_IN = "_hesscope_stands_in"
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+
+
+class Sharded:
+    """The weights of a model that are divided, by their first names.
+
+    Attributes:
+        exchange: the processes that hold each weight between them.
+        differentiated: names of weights that require a gradient when they are gathered for a module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _reshard(model)
+        self._all = named_parameters(model)
+        sharded = {name: p for name, p in self._all.items() if is_sharded(p)}
+        self._index = {name: i for i, name in enumerate(sharded)}
+        self.exchange = Exchange(*_groups(sharded))
+        self._table = self.exchange.register(
+            Table([local_rows(p) for p in sharded.values()], [len(p) for p in sharded.values()])
+        )
+        self._devices = {name: p.device for name, p in sharded.items()}
+        self._modules = _owners(model)
+        self._standing = Standing()
+        self._held: dict[str, Tensor] | None = None
+        self._to_hold: frozenset[str] = frozenset()
+        self._depth = 0
+        self._put_aside: list[tuple[nn.Module, dict[str, OrderedDict[int, Any]]]] = []
+        self._handles: list[Any] = []
+        self.differentiated: frozenset[str] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model's parameters are still those."""
+        return all(p is self._all.get(name) for name, p in model.named_parameters())
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the model is borrowed, so that others stand in for its parameters."""
+        return self._depth > 0
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self._index)
+
+    def device(self, name: str) -> torch.device:
+        """Where a weight is gathered."""
+        return self._devices[name]
+
+    def load(self, name: str) -> Tensor:
+        """All of a weight; every process takes part."""
+        if self._held is not None and name in self._to_hold:
+            if name not in self._held:
+                self._held[name] = self.exchange.gather(self._table, self._index[name])
+            return self._held[name].detach()
+        return self.exchange.gather(self._table, self._index[name]).detach()
+
+    @contextmanager
+    def holding(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, these weights are gathered once."""
+        if self._held is not None:
+            yield
+            return
+        self._held, self._to_hold = {}, frozenset(names)
+        try:
+            yield
+        finally:
+            self._held = None
+
+    @contextmanager
+    def hooks_bring_what_is_missing(self) -> Iterator[None]:
+        """Inside, a module's weights that nothing stands in for are gathered for its forward; may be entered again inside."""
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                for module, local in self._modules:
+                    self._exchange_hooks(module, local)
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                for handle in self._handles:
+                    handle.remove()
+                for module, hooks in self._put_aside:
+                    for kind, found in hooks.items():
+                        getattr(module, kind).update(found)
+                self._handles, self._put_aside = [], []
+                self._standing.leave()
+
+    def _exchange_hooks(self, module: nn.Module, local: dict[str, str]) -> None:
+        depths: list[int] = []
+
+        def before(owner: nn.Module, args: Any) -> None:
+            depths.append(len(self._standing))
+            if getattr(owner.forward, STANDS_IN, False):
+                return
+            for path, name in local.items():
+                inside, _, own = path.rpartition(".")
+                holder = owner.get_submodule(inside)
+                if is_sharded(holder._parameters[own]):
+                    value = self.load(name)
+                    if name in self.differentiated:
+                        value.requires_grad_()
+                    self._standing.put(holder, own, value)
+
+        def after(owner: nn.Module, args: Any, output: Any) -> None:
+            self._standing.leave(depths.pop())
+
+        own = {
+            key for kind in ("_forward_pre_hooks", "_forward_hooks") for key, hook in getattr(module, kind).items()
+            if type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+        }  # fmt: skip
+        aside = {
+            kind: OrderedDict((key, getattr(module, kind).pop(key)) for key in own if key in getattr(module, kind))
+            for kind in _HOOKS
+        }
+        self._put_aside.append((module, aside))
+        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    @contextmanager
+    def differentiating(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, these weights require a gradient when they are gathered for a module."""
+        self.differentiated = frozenset(names)
+        try:
+            yield
+        finally:
+            self.differentiated = frozenset()
+
+    def as_reload(self, tensor: Tensor) -> None:
+        """A graph keeps what it needs: to gather it again would bind the backward passes of all processes together."""
+        return
+
+
+def without_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Say of what runs in place of a module's forward that the module's weights need not be gathered for it."""
+    setattr(forward, STANDS_IN, True)
+    return forward
+
+
+def _reshard(model: nn.Module) -> None:
+    """A forward pass of training leaves some weights gathered."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(c.__module__.startswith("torch.distributed.fsdp") for c in type(module).__mro__)
+
+
+def _owners(model: nn.Module) -> list[tuple[nn.Module, dict[str, str]]]:
+    """Every module that `fully_shard` was called on, with {path in it: first name} of the weights that are its own."""
+    first, prefixes = aliases(model), [name for name, module in model.named_modules() if _is_fsdp(module)]
+    found: dict[str, dict[str, str]] = {prefix: {} for prefix in prefixes}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_sharded(parameter):
+            owners = [p for p in prefixes if not p or name.startswith(f"{p}.")]
+            owner = max(owners, key=len, default="")
+            found.setdefault(owner, {})[name.removeprefix(f"{owner}.") if owner else name] = first[name]
+    return [(model.get_submodule(prefix), local) for prefix, local in found.items() if local]
+
+
+def _groups(sharded: dict[str, nn.Parameter]) -> tuple[Any, Any]:
+    """The group among whose processes rows are divided, and that of the replicas."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    meshes: list[tuple[Any, int, int | None]] = []
+    for name, p in sharded.items():
+        places: Any = p.placements  # type: ignore[attr-defined]
+        divided = [i for i, place in enumerate(places) if isinstance(place, Shard)]
+        whole = [i for i, place in enumerate(places) if isinstance(place, Replicate)]
+        if (
+            len(divided) != 1
+            or places[divided[0]].dim != 0
+            or len(divided) + len(whole) != len(places)
+            or len(whole) > 1
+        ):
+            raise HesscopeError(
+                f"Expected weights divided along their first axis, as fully_shard does by default, got {name} with placements "
+                f"{tuple(places)}; shard the model with fully_shard alone."
+            )
+        mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+        if all(mesh != other for other, _, _ in meshes):
+            meshes.append((mesh, divided[0], whole[0] if whole else None))
+    if len(meshes) > 1:
+        raise HesscopeError(
+            "Expected one device mesh for all weights, got several; call fully_shard with the same mesh=."
+        )
+    mesh, divided_at, whole_at = meshes[0]
+    return mesh.get_group(divided_at), None if whole_at is None else mesh.get_group(whole_at)

@@ -1,0 +1,126 @@
+"""Whether an engine's products fit into memory, found by a dry run before the first of them, and what to do where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hesscope.engines import Auto, Engine
+from hesscope.engines.dry import DryProduct, DryRuns, NotDry, largest_batch
+from hesscope.engines.streaming import Streamed
+from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes, is_unlimited
+from hesscope.models import elsewhere, is_shadow, sharded
+from hesscope.problem import Problem
+from hesscope.space import Space
+
+#: A problem whose rough estimate is below this share of what is free is not looked at any closer.
+_PLENTY = 0.25
+
+
+def make_room(
+    engine: Engine, streamed: Callable[[], Engine], problem: Problem, space: Space
+) -> tuple[Engine, int | None]:
+    """The engine, known to fit, and the bytes that its products leave, where these were looked at.
+
+    An engine that nobody asked for by name gives way to `streamed` where it does not fit.
+
+    Raises:
+        HesscopeError: neither fits; says what takes how much, and what would help.
+    """
+    if is_shadow(problem.model):
+        return engine, None
+    if elsewhere(problem.model) is not None:
+        reason = "divided among processes" if sharded(problem.model) is not None else "offloaded"
+        return _for_elsewhere(engine, streamed, reason), None
+    if is_unlimited():
+        return engine, None
+    available = available_bytes(problem.device)
+    if rough_bytes(problem, space) <= _PLENTY * available:
+        return engine, None
+    try:
+        runs = DryRuns(problem, space)
+        needed = _resident(runs, engine.for_part)
+    except NotDry:
+        return engine, None  # nothing is known, so nothing is refused
+    if needed <= available:
+        return engine, available - needed
+    instead = _resident_if_it_runs(runs, streamed) if _may_give_way(engine) else None
+    if instead is not None and instead <= available:
+        other = streamed()
+        reason = f"{_gigabytes(needed)} for {name_of(engine)} do not fit into {_gigabytes(available)}"
+        if isinstance(engine, Auto):
+            engine.settle(other, reason)
+            return engine, available - instead
+        return other, available - instead
+    least = needed if instead is None else min(needed, instead)
+    raise HesscopeError(
+        f"Expected a product of engine {name_of(engine)!r} to fit into the {_gigabytes(available)} of memory that are free, but it "
+        f"is predicted to take {_gigabytes(needed)}"
+        + (f" ({_gigabytes(instead)} streamed)" if instead is not None else "")
+        + f"; {_advice(problem, engine, least, available)}, or lift the check (--force, hs.memory_limit(None))."
+    )
+
+
+def _for_elsewhere(engine: Engine, streamed: Callable[[], Engine], reason: str) -> Engine:
+    """The engine, or in place of one that nobody asked for the one that brings a block's weights at a time."""
+    if not _may_give_way(engine) or (isinstance(engine, Auto) and engine.settled):
+        return engine
+    other = streamed()
+    if isinstance(engine, Auto):
+        engine.settle(other, f"the model's weights are {reason}")
+        return engine
+    return other
+
+
+def rough_bytes(problem: Problem, space: Space) -> float:
+    """About what a product takes, without looking at the model's code: too much rather than too little, for ordinary models."""
+    model, batch = problem.model, problem.batches[largest_batch(problem)]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    width = sum(sum(p.shape) * p.itemsize for p in matrices)
+    shapes = [x.shape for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim() >= 1]
+    rows = max((s[0] for s in shapes), default=1)
+    length = max((s[1] for s in shapes if len(s) == 2), default=1)
+    config = getattr(model, "config", None)
+    maps = (getattr(config, "num_hidden_layers", None) or 8) * (getattr(config, "num_attention_heads", None) or 8)
+    itemsize = max((p.itemsize for p in model.parameters()), default=4)
+    activations = 8.0 * rows * length * width + 8.0 * rows * length**2 * maps * itemsize
+    return 6.0 * space.size * space.dtype.itemsize + activations
+
+
+def name_of(engine: Engine) -> str:
+    """What runs, for engine="auto" too."""
+    return engine.chosen if isinstance(engine, Auto) else engine.name
+
+
+def _may_give_way(engine: Engine) -> bool:
+    return isinstance(engine, Auto) or "nothing else is asked for" in engine.note
+
+
+def _resident(runs: DryRuns, make: Callable[[], Engine]) -> int:
+    found: DryProduct = runs.product(make)
+    return found.resident
+
+
+def _resident_if_it_runs(runs: DryRuns, make: Callable[[], Engine]) -> int | None:
+    try:
+        return _resident(runs, make)
+    except HesscopeError:
+        return None
+
+
+def _advice(problem: Problem, engine: Engine, needed: int, available: int) -> str:
+    rows = max(
+        (len(x) for x in tree_leaves(problem.batches[largest_batch(problem)]) if isinstance(x, Tensor) and x.dim()),
+        default=1,
+    )
+    if rows > 1:
+        return f"use batches of {max(1, int(rows * available / needed))} or fewer of their {rows} sequences (--batch-size, microbatch=)"
+    other = "" if isinstance(engine, Streamed) or _may_give_way(engine) else "take engine='streamed', "
+    return f"{other}shorten the sequences or select fewer parameters"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,161 @@
+"""Who is still there: heartbeats and last words in a store that all ranks can read.
+
+A rank that fails says why before it goes, and whoever waits for it says the same. A rank that is killed says nothing: its
+connections break, which ends waiting at once, or its heartbeat stops.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed.distributed_c10d import Store
+
+from hesscope.errors import RankLost
+
+_BEAT = 1.0
+_LOST, _RAISED = "lost", "raised"
+
+
+class Watch:
+    """One rank's view of the others, through a store; `timeout` is how many seconds of silence make a rank lost."""
+
+    def __init__(self, store: Store, rank: int, ranks: int, timeout: float) -> None:
+        self._store, self._rank, self._ranks, self.timeout = store, rank, ranks, timeout
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._said = False
+        self._stop = threading.Event()
+        store.set(f"beat/{rank}", "0")
+        self._thread = threading.Thread(target=self._beat, args=(_own(store),), daemon=True, name="hesscope-heartbeat")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the heartbeat; a rank that leaves in peace is not missed."""
+        self._stop.set()
+        self._thread.join(2 * _BEAT)
+
+    def _beat(self, store: Store) -> None:
+        count = 0
+        while not self._stop.wait(_BEAT):
+            count += 1
+            try:
+                store.set(f"beat/{self._rank}", str(count))
+            except (RuntimeError, ValueError):  # the store went with its host
+                return
+
+    # ---- last words
+
+    def say(self, cause: str) -> None:
+        """Leave word of an exception that ends this rank's part."""
+        self._said = self._post(_RAISED, cause)
+
+    def unsay(self) -> None:
+        """Take it back: the exception was everybody's, and this rank goes on."""
+        if self._said:
+            self._said = False
+            self._store.set("failed", "")
+
+    def _post(self, kind: str, cause: str) -> bool:
+        """Leave word unless somebody was first; whether it is ours."""
+        word = f"{kind}\n{self._rank}\n{cause}"
+        try:
+            return bool(self._store.compare_set("failed", "", word).decode() == word)
+        except RuntimeError:
+            return False
+
+    def _word(self) -> tuple[str, str] | None:
+        """Kind and sentence of what another rank left."""
+        if not self._store.check(["failed"]):
+            return None
+        word = self._store.get("failed").decode()
+        if not word:
+            return None
+        kind, rank, cause = word.split("\n", 2)
+        if int(rank) == self._rank and kind == _RAISED:
+            return None
+        return kind, cause if kind == _LOST else f"Rank {rank} stopped: {cause}"
+
+    # ---- looking after the others
+
+    def begin(self) -> None:
+        """A wait begins: silence counts from now."""
+        self._seen = {}
+
+    def check(self, waited: float) -> None:
+        """Raise RankLost where a rank that is waited for has failed, or has been silent for `timeout` seconds."""
+        try:
+            word = self._word()
+            beats = self._beats()
+        except RuntimeError as error:
+            raise RankLost(_STORE_GONE) from error
+        # An exception that is everybody's, such as bad input, is raised here as well in a moment.
+        if word and (word[0] == _LOST or waited >= min(10.0, self.timeout / 4)):
+            raise RankLost(word[1])
+        now = time.monotonic()
+        for rank, count in beats.items():
+            before = self._seen.get(rank)
+            if before is None or before[0] != count:
+                self._seen[rank] = (count, now)
+            elif now - before[1] > self.timeout:
+                raise self._lost([rank])
+
+    def lost(self) -> RankLost:
+        """Why a connection broke: what a rank said, or which one is gone."""
+        return self.missing() or self._lost([])
+
+    def missing(self) -> RankLost | None:
+        """What a rank that failed has said, or which one has fallen silent, after three beats; None where all are there."""
+        with _undisturbed():
+            try:
+                before = self._beats()
+                for _ in range(6):
+                    if word := self._word():
+                        return RankLost(word[1])
+                    time.sleep(_BEAT / 2)
+                now = self._beats()
+            except RuntimeError:
+                return RankLost(_STORE_GONE)
+            silent = [rank for rank, count in now.items() if before.get(rank) == count]
+            return self._lost(silent) if silent else None
+
+    def _lost(self, silent: list[int]) -> RankLost:
+        ranks = f"Rank {', '.join(map(str, silent))}" if silent else "A rank"
+        self._post(
+            _LOST,
+            f"{ranks} stopped without a word: killed (often for want of memory), or its machine is gone; the others "
+            "stop too, and the same command continues from the last checkpoint.",
+        )
+        word = self._word()
+        return RankLost(word[1] if word else f"{ranks} stopped without a word.")
+
+    def _beats(self) -> dict[int, int]:
+        others = [rank for rank in range(self._ranks) if rank != self._rank]
+        found = self._store.multi_get([f"beat/{rank}" for rank in others]) if others else []
+        return {rank: int(count) for rank, count in zip(others, found, strict=True)}
+
+
+def _own(store: Store) -> Store:
+    """The same store through a connection of its own, for another thread."""
+    own: Store = store.clone()  # type: ignore[attr-defined]
+    return own
+
+
+_STORE_GONE = (
+    "The rank or launcher that keeps the ranks' store is gone: killed (often for want of memory), or its machine is gone; the "
+    "same command continues from the last checkpoint."
+)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A launcher that ends all ranks because one is gone does so after this one has found out why."""
+    kinds = [signal.SIGTERM, signal.SIGINT] if threading.current_thread() is threading.main_thread() else []
+    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,296 @@
+"""What products of a problem's curvature take with every engine: `hesscope.plan`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from hesscope.algorithms.driver import versions
+from hesscope.engines import ENGINES, Engine, make_engine, make_output_engine
+from hesscope.engines.dry import DryProduct, DryRuns, NotDry, elements, largest_batch
+from hesscope.errors import HesscopeError
+from hesscope.memory import available_bytes, memory_limit, parse_bytes
+from hesscope.models import is_shadow, offloaded
+from hesscope.operators.output_hessian import output_hessian
+from hesscope.operators.risk import own_space
+from hesscope.planning.extrapolation import extrapolated
+from hesscope.planning.fitting import Room, largest_batch_size, largest_length, largest_vectors
+from hesscope.planning.speed import Rates, Trial, measure_rates, trial
+from hesscope.problem import Problem
+from hesscope.results.plan import Plan
+from hesscope.space import Space
+
+#: Linearizations below this share of a product's peak change nothing by staying.
+_WORTH_A_LOOK = 0.1
+OPERATORS = ("hessian", "ggn")
+#: Products of a computation at its defaults, for n coordinates.
+WHAT: dict[str, Callable[[int], int]] = {
+    "product": lambda n: 1,
+    "eigs": lambda n: min(300, 2 * n),
+    "lanczos": lambda n: min(60, n),
+    "block": lambda n: n,
+    "diagonal": lambda n: min(100, n),
+    "trace": lambda n: min(100, n),
+    "density": lambda n: 10 * min(60, n),
+}
+
+
+def plan(
+    problem: Problem,
+    space: Space | None = None,
+    operator: str = "hessian",
+    what: str = "eigs",
+    products: int | None = None,
+    engines: Sequence[str] | None = None,
+    memory: int | str | None = None,
+    measure: bool = True,
+) -> Plan:
+    """Memory and time of a computation with every engine, predicted before anything heavy is run, and what would fit.
+
+    The product's own code is run on tensors without data, which gives the bytes alive at any time and the work; on a CPU the
+    allocations are replayed through the system's allocator for what that wastes. Seconds come from rates of this machine,
+    corrected by a product on a short sequence. The model is left alone.
+
+    Args:
+        problem, space: as for `hesscope.hessian`.
+        operator: "hessian" or "ggn".
+        what: "eigs", "lanczos", "block", "diagonal", "trace", "density" or "product": how many products there will be, at
+            their defaults.
+        products: that number itself.
+        engines: names of some; all by default.
+        memory: plan for so much in place of what is free here, the model included: bytes, or text such as "8GB".
+        measure: run the short sequence. Without it, or where it does not fit, seconds are those of the rates alone.
+
+    Raises:
+        HesscopeError: an unknown operator, computation or engine; a model that asks for numbers as it runs, such as which
+            expert a token goes to.
+
+    Example:
+        >>> import torch, hesscope as hs
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> found = hs.plan(hs.supervised(model, [(torch.ones(4, 2), torch.zeros(4, 1))], loss="mse"), what="block")
+        >>> found.chosen, found.wanted_products
+        ('reverse-over-reverse', 2)
+    """
+    began = time.perf_counter()
+    space = own_space(problem, space)
+    makers = _makers(operator, engines)
+    if what not in WHAT:
+        raise HesscopeError(f"Expected what to be one of {', '.join(WHAT)}, got {what!r}.")
+    wanted = WHAT[what](space.size) if products is None else _positive(products)
+    device = torch.device("cpu") if problem.device.type == "meta" else problem.device
+    model_bytes = sum(x.nbytes for x in [*problem.model.parameters(), *problem.model.buffers()])
+    free = _free(memory, device, model_bytes if problem.device.type == "meta" else 0)
+    runs = DryRuns(problem, space, device)
+    found, rows = _dry(runs, makers, problem, space)
+    rates = measure_rates(device, space.dtype)
+    shape = _shape(problem)
+    measured = _trials(problem, space, makers, found, rates, shape) if measure and not is_shadow(problem.model) else {}
+    for name, product in found.items():
+        rows[name] = _row(
+            product,
+            _with_graphs(runs, makers[name], product, free, len(problem.batches)),
+            free,
+            rates,
+            measured.get(name),
+            shape["passes"],
+            wanted,
+            len(problem.batches),
+        )
+    chosen = _chosen({"streamed": rows["streamed"]} if offloaded(problem.model) and "streamed" in rows else rows)
+    return Plan(
+        products=0,
+        units=0.0,
+        seconds=time.perf_counter() - began,
+        provenance=_provenance(problem, space, operator),
+        engines=rows,
+        chosen=chosen,
+        what=f"{what} of the {operator}",
+        wanted_products=wanted,
+        memory=free,
+        model_bytes=model_bytes,
+        vector_bytes=space.size * space.dtype.itemsize,
+        shape=shape,
+        would_fit=_would_fit(runs, makers, chosen or _smallest(rows), rows, free, space),
+        basis_of_time=_basis_of_time(found, measured),
+    )
+
+
+def _makers(operator: str, engines: Sequence[str] | None) -> dict[str, Callable[[], Engine]]:
+    if operator not in OPERATORS:
+        raise HesscopeError(f"Expected operator to be one of {', '.join(OPERATORS)} for a plan, got {operator!r}.")
+    names = list(engines) if engines else list(ENGINES)
+    if operator == "hessian":
+        for name in names:
+            make_engine(name)
+        return {name: partial(make_engine, name) for name in names if name != "auto"} or {
+            name: partial(make_engine, name) for name in ENGINES
+        }
+    known = [name for name in names if name in ("reverse-over-reverse", "streamed")]
+    return {
+        name: partial(make_output_engine, name, output_hessian)
+        for name in known or ("reverse-over-reverse", "streamed")
+    }
+
+
+def _positive(products: int) -> int:
+    if isinstance(products, bool) or not isinstance(products, int) or products < 1:
+        raise HesscopeError(f"Expected products to be a whole number, 1 or more, got {products!r}.")
+    return products
+
+
+def _free(memory: int | str | None, device: torch.device, model_bytes: int) -> int:
+    if memory is None:
+        return max(0, available_bytes(device) - model_bytes)
+    with memory_limit(parse_bytes(memory)):
+        return max(0, available_bytes(device) - model_bytes)
+
+
+def _dry(
+    runs: DryRuns, makers: dict[str, Callable[[], Engine]], problem: Problem, space: Space
+) -> tuple[dict[str, DryProduct], dict[str, dict[str, Any]]]:
+    """What every engine takes; and a row with the reason for one that does not run, in the engines' order."""
+    found: dict[str, DryProduct] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        rows[name] = {}
+        try:
+            found[name] = _one(runs, make, problem, space)
+        except HesscopeError as error:
+            rows[name] = {"remark": str(error)}
+    if not found:
+        raise HesscopeError(f"No engine could be planned for: {next(iter(rows.values()))['remark']}")
+    return found, rows
+
+
+def _one(runs: DryRuns, make: Callable[[], Engine], problem: Problem, space: Space) -> DryProduct:
+    try:
+        return runs.product(make)
+    except NotDry:
+        if is_shadow(problem.model):
+            raise
+        return extrapolated(problem, space, make)
+
+
+def _shape(problem: Problem) -> dict[str, Any]:
+    """Of the largest batch, and how many of it all batches make."""
+    sizes = [elements(batch) for batch in problem.batches]
+    largest = problem.batches[largest_batch(problem)]
+    ids = largest.get("input_ids") if isinstance(largest, dict) else None
+    rows, length = ids.shape if ids is not None and ids.dim() == 2 else (None, None)
+    return {"batch_size": rows, "length": length, "batches": len(sizes), "passes": sum(sizes) / max(sizes)}
+
+
+def _trials(
+    problem: Problem,
+    space: Space,
+    makers: dict[str, Callable[[], Engine]],
+    found: dict[str, DryProduct],
+    rates: Rates,
+    shape: dict[str, Any],
+) -> dict[str, Trial]:
+    length = (shape["length"] or 1) * (shape["batch_size"] or 1)
+    made = {name: trial(problem, space, makers[name], found[name], rates, length) for name in found}
+    return {name: known for name, known in made.items() if known is not None}
+
+
+def _row(
+    dry: DryProduct,
+    peak: int,
+    free: int,
+    rates: Rates,
+    measured: Trial | None,
+    passes: float,
+    wanted: int,
+    batches: int,
+) -> dict[str, Any]:
+    factor = measured or Trial(1.0, 1.0)
+    check = rates.seconds(dry.prepare) * factor.product
+    build, product = (
+        passes * rates.seconds(dry.build) * factor.build,
+        passes * rates.seconds(dry.product) * factor.product,
+    )
+    kept = min(batches, (free // 2) // max(dry.kept, 1))
+    anew = build * (1 - kept / batches)
+    return {
+        "peak_bytes": peak,
+        "least_bytes": dry.resident,
+        "tensor_bytes": dry.peak,
+        "kept_bytes": kept * dry.kept,
+        "fits": dry.resident <= free,
+        "first_seconds": check + build + product,
+        "further_seconds": anew + product,
+        "anew_seconds": build + product,
+        "total_seconds": check + build + wanted * product + (wanted - 1) * anew,
+        "measured": measured is not None,
+        "remark": dry.remark,
+    }
+
+
+def _with_graphs(runs: DryRuns, make: Callable[[], Engine], dry: DryProduct, free: int, batches: int) -> int:
+    """The peak with the linearizations that are kept between products, as long as these take at most half of the memory."""
+    kept = min(batches, (free // 2) // max(dry.kept, 1))
+    if dry.kept < _WORTH_A_LOOK * dry.peak or kept == 0 or dry.resident > free:
+        return dry.resident
+    try:
+        one = runs.product(make, kept=True).resident
+    except NotDry:
+        one = dry.resident + dry.kept // 2
+    return max(dry.resident, one) + (kept - 1) * dry.kept
+
+
+def _chosen(rows: dict[str, dict[str, Any]]) -> str | None:
+    """Of the engines that engine="auto" begins with, the first that fits."""
+    fitting = [name for name in ("reverse-over-reverse", "streamed") if rows.get(name, {}).get("fits")]
+    others = [name for name, row in rows.items() if row.get("fits")]
+    return next(iter(fitting + others), None)
+
+
+def _smallest(rows: dict[str, dict[str, Any]]) -> str:
+    return min((name for name in rows if "peak_bytes" in rows[name]), key=lambda name: int(rows[name]["least_bytes"]))
+
+
+def _would_fit(
+    runs: DryRuns,
+    makers: dict[str, Callable[[], Engine]],
+    name: str,
+    rows: dict[str, dict[str, Any]],
+    free: int,
+    space: Space,
+) -> dict[str, Any]:
+    left = free - rows[name]["least_bytes"]
+    basis = max(0, left // (space.size * space.dtype.itemsize))
+    room = Room(runs, makers[name], free, rows[name]["least_bytes"] / max(rows[name]["tensor_bytes"], 1))
+    batch = runs.problem.batches[0]
+    try:
+        shapes = {"length": largest_length(room, batch), "batch_size": largest_batch_size(room, batch)}
+        return {**shapes, "vectors": largest_vectors(room), "basis": basis}
+    except NotDry:  # other shapes are not known without running them
+        return {"length": None, "batch_size": None, "vectors": None, "basis": basis}
+
+
+def _basis_of_time(found: dict[str, DryProduct], measured: dict[str, Trial]) -> str:
+    if not measured:
+        return "rates of this machine alone; nothing of this model was run"
+    without = [name for name in found if name not in measured]
+    rest = f"; of {', '.join(without)} from rates of this machine alone" if without else ""
+    return f"scaled from a product on a short sequence{rest}"
+
+
+def _provenance(problem: Problem, space: Space, operator: str) -> dict[str, Any]:
+    described = {
+        "model": type(problem.model).__name__,
+        "loss": type(problem.loss).__name__,
+        "objective": problem.objective,
+    }
+    return {
+        "problem": {**described, "batches": len(problem.batches), "terms": problem.N, **problem.source},
+        "selection": space.describe(),
+        "operator": {"operator": operator},
+        "options": {},
+        "versions": versions(),
+    }

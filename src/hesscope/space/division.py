@@ -1,0 +1,160 @@
+"""Vectors whose parts are divided among processes as their parameters are.
+
+Of a parameter with R rows each process has some, and of every vector the same rows: the inner product is a sum over processes,
+and nothing else of the algebra notices. Parts of single coordinates are not divided; every process has all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscope.exchange import Exchange, Table
+from hesscope.space import vectors
+from hesscope.space.coordinates import Coordinates, Rows
+from hesscope.space.vectors import OnDemand, Passed, Vectors
+
+
+class Division:
+    """Which rows of a space's vectors are here."""
+
+    def __init__(
+        self, exchange: Exchange, rows: dict[str, Rows], lengths: dict[str, int], names: frozenset[str]
+    ) -> None:
+        self.exchange, self.rows, self.lengths, self._names = exchange, rows, lengths, names
+
+    @classmethod
+    def of(cls, coordinates: Sequence[Coordinates]) -> Division | None:
+        rows = {c.name: c.rows for c in coordinates if c.rows is not None}
+        if not rows:
+            return None
+        lengths = {c.name: c.parameter_shape[0] for c in coordinates if c.rows is not None}
+        return cls(next(iter(rows.values())).exchange, rows, lengths, frozenset(c.name for c in coordinates))
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the processes that hold different rows."""
+        return self.exchange.total(x)
+
+    def gathered(self, V: Vectors, keep: bool = True) -> Vectors:
+        """All rows, on every process, or with `keep` false on those that say so empty parts."""
+        found = {}
+        for name, part in V.items():
+            if name not in self.rows:
+                found[name] = part
+                continue
+            first = part.transpose(0, 1).contiguous()  # rows first
+            table = self.exchange.register(Table([first], [self.lengths[name]]))
+            whole = self.exchange.gather(table, 0)
+            self.exchange.release(table)
+            found[name] = whole.transpose(0, 1).contiguous() if keep else part[:0]
+        return found
+
+    def own(self, V: Vectors) -> Vectors:
+        """The rows that are here."""
+        return {
+            name: part[:, self.rows[name].start : self.rows[name].stop].clone() if name in self.rows else part
+            for name, part in V.items()
+        }
+
+    @contextmanager
+    def exchanged(
+        self, V: Vectors, sums: Vectors, held: Collection[str]
+    ) -> Iterator[tuple[Vectors, Vectors, Callable[[], None]]]:
+        """V whose parts are gathered when they are asked for, and what adds to the rows of `sums` that each process has.
+
+        Parts named in `held` are gathered once, and added once, by the function that comes third. Inside, processes need not
+        ask for the same, but all have to have finished before any leaves.
+        """
+        count, names = vectors.count(V), list(self.rows)
+        lengths = [self.lengths[name] for name in names for _ in range(count)]
+        read, write = (
+            self.exchange.register(Table([X[name][k] for name in names for k in range(count)], lengths))
+            for X in (V, sums)
+        )
+        places = {(name, k): i * count + k for i, name in enumerate(names) for k in range(count)}
+        brought: dict[tuple[str, int], Tensor] = {}
+        given: dict[tuple[str, int], Tensor] = {}
+
+        def bring(name: str, k: int) -> Tensor:
+            if name not in self.rows:
+                return V[name][k]
+            if (name, k) in brought:
+                return brought[name, k]
+            found = self.exchange.gather(read, places[name, k])
+            if name in held:
+                brought[name, k] = found
+            return found
+
+        def give(name: str, k: int, part: Tensor) -> None:
+            if name not in self.rows:
+                sums[name][k] += part
+            elif name not in held:
+                self.exchange.add(write, places[name, k], part)
+            elif (name, k) in given:
+                given[name, k] += part
+            else:
+                given[name, k] = part.to(sums[name].dtype, copy=True)
+
+        def give_rest() -> None:
+            for at, part in given.items():
+                self.exchange.add(write, places[at], part)
+            given.clear()
+
+        try:
+            yield OnDemand(V, bring), Passed(V, give), give_rest
+        finally:
+            self.exchange.release(read)
+            self.exchange.release(write)
+
+    # ---- what a run keeps
+
+    def state_gathered(self, state: Any, keep: bool) -> Any:
+        """A nested state with all vectors in it whole, where `keep` is true; every process takes part."""
+        if self._is_vectors(state, whole=False):
+            found = self.gathered(state, keep)
+            return {name: part.cpu() for name, part in found.items()}
+        if isinstance(state, dict):
+            return {key: self.state_gathered(value, keep) for key, value in state.items()}
+        return [self.state_gathered(value, keep) for value in state] if isinstance(state, list) else state
+
+    def state_own(self, state: Any) -> Any:
+        """A nested state with all whole vectors in it divided."""
+        if self._is_vectors(state, whole=True):
+            return self.own(state)
+        if isinstance(state, dict):
+            return {key: self.state_own(value) for key, value in state.items()}
+        return [self.state_own(value) for value in state] if isinstance(state, list) else state
+
+    def _is_vectors(self, state: Any, whole: bool) -> bool:
+        if not isinstance(state, dict) or frozenset(state) != self._names:
+            return False
+        return all(
+            isinstance(part, Tensor)
+            and part.dim() >= 2
+            and part.shape[1] == (self.lengths[name] if whole else self.rows[name].stop - self.rows[name].start)
+            for name, part in state.items()
+            if name in self.rows
+        )
+
+
+def local_part(c: Coordinates, part: Tensor) -> Tensor:
+    """The rows that are here of one vector's part, given whole or as a DTensor that is divided likewise."""
+    if hasattr(part, "to_local"):
+        with torch.no_grad():
+            local: Tensor = part.to_local()
+        return local if c.rows is not None else part.full_tensor()  # type: ignore[attr-defined]
+    return part if c.rows is None else part[c.rows.start : c.rows.stop]
+
+
+def as_dtensor(like: Tensor, local: Tensor) -> Tensor:
+    """A DTensor placed as another one, from the rows that are here."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

@@ -1,0 +1,337 @@
+"""What every rank of a test runs. A program gets the test's folder and returns what can be saved."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from shared_cases import ARCHITECTURES, QUICK, cases, few_cases, grouped_cases
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import hesscope as hs
+from architectures import ragged_batches, tiny
+from hesscope.algorithms.krylov import Krylov
+from hesscope.cli.main import run
+from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.errors import RankLost
+from hesscope.models import is_sharded
+from hesscope.space import vectors
+
+TIMEOUT = 4.0
+DEMO = [
+    "--model",
+    "demo",
+    "--data",
+    "demo",
+    "--length",
+    "16",
+    "--sequences",
+    "3",
+    "--dtype",
+    "float64",
+    "--params",
+    "model.layers.3.mlp.*",
+]
+#: Also run by the test itself, in one process.
+DENSITY = ["density", *DEMO, "--probes", "2", "--steps", "6", "--checkpoint-every", "0"]
+
+
+def numbers(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The quick cases, on a group that is given."""
+    group = dist.new_group()
+    return dict(cases(lambda problem: hs.data_parallel(problem, group), QUICK))
+
+
+def grouped(problem: hs.Problem) -> hs.Problem:
+    return hs.data_parallel(problem, probe_groups=2)
+
+
+def in_groups(folder: Path) -> dict[str, Any]:
+    """Vectors divided between groups of ranks; also how many vectors each rank's engine was given."""
+    given: list[int] = []
+    real = ReverseOverReverse.linearize
+
+    def linearize(self: Any, problem: hs.Problem, b: int, space: hs.Space) -> Any:
+        made = real(self, problem, b, space)
+        add = made.add_product
+        made.add_product = lambda V, into, last=False: (given.append(vectors.count(V)), add(V, into, last))  # type: ignore[method-assign]
+        return made
+
+    ReverseOverReverse.linearize = linearize  # type: ignore[method-assign]
+    try:
+        found: dict[str, Any] = {"numbers": dict(grouped_cases(grouped)), "given": given[:1]}
+    finally:
+        ReverseOverReverse.linearize = real  # type: ignore[method-assign]
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    found["three"] = _complaint(lambda: hs.data_parallel(problem, probe_groups=3))
+    return found
+
+
+def all_in_groups(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """All cases, and those of groups."""
+    return dict(cases(grouped, ARCHITECTURES)) | dict(grouped_cases(grouped))
+
+
+def all_numbers(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """All cases."""
+    return dict(cases(hs.data_parallel, ARCHITECTURES))
+
+
+def fully_sharded(problem: hs.Problem) -> hs.Problem:
+    """The problem, its model's blocks and the rest of it divided among the ranks."""
+    if not any(is_sharded(p) for p in problem.model.parameters()):
+        hs.fully_shard_model(problem.model)
+    return hs.data_parallel(problem.related())
+
+
+def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """A few cases, with weights divided among the ranks."""
+    return dict(few_cases(fully_sharded))
+
+
+def all_sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """All cases."""
+    return dict(cases(fully_sharded, ARCHITECTURES))
+
+
+def hybrid(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Divided among two ranks, and that twice."""
+
+    def share(problem: hs.Problem) -> hs.Problem:
+        if not any(is_sharded(p) for p in problem.model.parameters()):
+            hs.fully_shard_model(problem.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+        return hs.data_parallel(problem.related())
+
+    return dict(few_cases(share))
+
+
+def sharded_facts(folder: Path) -> dict[str, Any]:
+    """What each rank holds and moves, and what it says."""
+    plain = hs.causal_lm(tiny("gpt2"), ragged_batches()[:2])  # a batch for each rank
+    hs.fully_shard_model(plain.model)
+    found: dict[str, Any] = {
+        "undivided": _complaint(lambda: hs.hessian(plain.related())),
+        "twice": _complaint(lambda: hs.fully_shard_model(plain.model)),
+        "groups": _complaint(lambda: hs.data_parallel(plain.related(), probe_groups=2)),
+    }
+    problem = hs.data_parallel(plain.related())
+    space = hs.select(problem)
+    exchange = next(c.rows.exchange for c in space.coordinates if c.rows is not None)
+    H = hs.hessian(problem, space)
+    v = space.gaussian(0, [0])
+    H.matmat(v)  # with the check before the first
+    before = exchange.moved_bytes
+    H.matmat(v)
+    found["numbers"] = sum(part.numel() for part in v.values())
+    found["moved"] = exchange.moved_bytes - before
+    parameters = dict(plain.model.named_parameters())
+    given = {name: parameters[name].detach() + 1.0 for name in space.names}
+    product = H @ given
+    found["placed"] = all(type(part) is type(given[name]) for name, part in product.items())
+    found["as DTensors"] = {name: part.full_tensor() for name, part in product.items()}  # type: ignore[attr-defined]
+    found["as whole"] = H @ {name: part.full_tensor() for name, part in given.items()}  # type: ignore[attr-defined]
+    loss = _Fails(plain.loss, lambda: hs.HesscopeError("The third batch is bad."))
+    fails = hs.data_parallel(hs.Problem(plain.model, loss, hs.causal_lm(plain.model, ragged_batches()).batches))
+    bad = hs.hessian(fails, hs.select(fails, "transformer.h.*"))
+    loss.armed = False
+    bad.matmat(v := bad.space.gaussian(0, [0]))  # with the check, on one sequence
+    loss.armed = True
+    found["bad"] = _complaint(lambda: bad.matmat(v))
+    found["after"] = _complaint(lambda: hs.trace(H, "hutchinson", budget=2))
+    return found
+
+
+def _complaint(run: Callable[[], Any]) -> str:
+    """What it raises, in words."""
+    try:
+        run()
+    except hs.HesscopeError as error:
+        return str(error)
+    except torch.OutOfMemoryError as error:
+        return f"itself: {error}"
+    return "nothing"
+
+
+def _problem(model: nn.Module | None = None, batches: list[Any] | None = None, **options: Any) -> hs.Problem:
+    return hs.causal_lm(model or tiny("gpt2"), batches or ragged_batches(), **options)
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """Ranks that have not the same."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    model, batches = tiny("gpt2"), ragged_batches()
+    if last:
+        model.transformer.ln_f.weight.data[0] += 1e-9
+        batches[1]["labels"][1, 2] = 8
+    H = hs.hessian(hs.data_parallel(_problem()))
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    return {
+        "model": _complaint(lambda: hs.data_parallel(_problem(model))),
+        "data": _complaint(lambda: hs.data_parallel(_problem(batches=batches))),
+        "settings": _complaint(lambda: hs.data_parallel(_problem(objective="perplexity" if last else "nll"))),
+        "vector": _complaint(lambda: H @ (v + 1e-12 * last)),
+        "after": _complaint(lambda: H @ v),
+    }
+
+
+class _Fails:
+    """A loss that fails on batches of one sequence: the third of the ragged ones."""
+
+    def __init__(self, loss: Any, error: Callable[[], Exception]) -> None:
+        self.loss, self.error, self.armed = loss, error, True
+
+    def count(self, batch: Any) -> int:
+        return int(self.loss.count(batch))
+
+    def total(self, model: nn.Module, batch: Any) -> Any:
+        if self.armed and len(batch["input_ids"]) == 1:
+            raise self.error()
+        return self.loss.total(model, batch)
+
+
+def failures(folder: Path) -> dict[str, str]:
+    """An exception in one rank's share; the ranks stay in step."""
+    whole = _problem()
+    errors: dict[str, Callable[[], Exception]] = {
+        "bad": lambda: hs.HesscopeError("The third batch is bad."),
+        "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+    }
+    found = {}
+    for name, error in errors.items():
+        problem = hs.data_parallel(hs.Problem(whole.model, _Fails(whole.loss, error), whole.batches))
+        H = hs.hessian(problem, hs.select(problem, "*ln_f.bias"))
+        one = torch.ones(H.shape[0], dtype=torch.float64)
+        found[name] = _complaint(lambda H=H, one=one: H @ one)
+        found[f"{name}, block"] = _complaint(lambda H=H: hs.block(H))
+    found["after"] = _complaint(lambda: hs.trace(hs.hessian(hs.data_parallel(whole)), "hutchinson", budget=2))
+    return found
+
+
+def wrapped(folder: Path) -> dict[str, Tensor]:
+    """A model in DistributedDataParallel."""
+    problem = hs.data_parallel(_problem(nn.parallel.DistributedDataParallel(tiny("gpt2"))))
+    return {"wrapped": hs.block(hs.hessian(problem, hs.select(problem, "*ln_f*"))).matrix}
+
+
+# ---- the command line
+
+
+def commands(folder: Path) -> dict[str, tuple[int, str]]:
+    """Verbs whose folders are compared with those of one process."""
+    verbs: dict[str, list[str]] = {
+        "eigs": ["eigs", *DEMO, "-k", "2", "--tol", "0.01"],
+        "layers": [
+            "diagonal",
+            *DEMO,
+            "--layers",
+            "mlp.*",
+            "--blocks",
+            "3",
+            "--rows",
+            "0",
+            "--separately",
+            "--budget",
+            "12",
+        ],
+        "from-one": DENSITY,  # begun by one process
+    }
+    verbs["layers"] = [word for word in verbs["layers"] if word not in ("--params", "model.layers.3.mlp.*")]
+    return {name: _run([*verb, "--output-dir", str(folder / name)]) for name, verb in verbs.items()}
+
+
+def sharded_commands(folder: Path) -> dict[str, tuple[int, str]]:
+    """A folder that is compared with one process's, and a run that goes on where one process has stopped."""
+    verbs = {
+        "sharded-eigs": ["eigs", *DEMO, "-k", "2", "--tol", "0.01", "--engine", "streamed"],
+        "sharded-from-one": [*DENSITY, "--engine", "streamed", "--basis"],
+    }
+    more = ["--layout", "fsdp"] if "RANK" in os.environ else []
+    return {name: _run([*verb, *more, "--output-dir", str(folder / name)]) for name, verb in verbs.items()}
+
+
+def interrupted(folder: Path) -> tuple[int, str]:
+    """The last rank is interrupted in its seventh step: all stop there, and one process continues in the test."""
+    last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    with _at_step(7, lambda: signal.raise_signal(signal.SIGINT) if last else None):
+        return _run([*DENSITY, "--output-dir", str(folder / "to-one")])
+
+
+def vanished(folder: Path) -> tuple[int, str]:
+    """The folder that is to hold the result becomes a file."""
+    (folder / "shared").mkdir(exist_ok=True)
+
+    def vanish() -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / "shared")
+            (folder / "shared").touch()
+
+    with _at_step(4, vanish):
+        return _run([*DENSITY[:-1], "60", "--output-dir", str(folder / "shared" / "out")])
+
+
+def other_options(folder: Path) -> tuple[int, str]:
+    """Ranks with other options."""
+    return _run(["trace", *DEMO, "--seed", str(dist.get_rank()), "--output-dir", str(folder / "never")])
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    """Exit status and what this rank says."""
+    before, sys.__stderr__ = sys.__stderr__, io.StringIO()  # type: ignore[misc]
+    try:
+        status = run(arguments)
+        return status, sys.__stderr__.getvalue()
+    finally:
+        sys.__stderr__ = before  # type: ignore[misc]
+
+
+class _at_step:
+    """Do something before a step of Lanczos."""
+
+    def __init__(self, number: int, work: Callable[[], object]) -> None:
+        self._number, self._work, self._step = number, work, Krylov.step
+
+    def __enter__(self) -> None:
+        made = [0]
+
+        def counted(krylov: Krylov) -> None:
+            made[0] += 1
+            if made[0] == self._number:
+                self._work()
+            self._step(krylov)
+
+        Krylov.step = counted  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        Krylov.step = self._step  # type: ignore[method-assign]
+
+
+# ---- out of step: last of all
+
+
+def gone(folder: Path) -> dict[str, Any]:
+    """A rank that an exception of its own ends, while the others wait for it."""
+    problem = hs.data_parallel(_problem(), timeout=TIMEOUT)
+    began = time.monotonic()
+    if dist.get_rank() == 1:
+        try:
+            with problem.comm.watched():
+                raise OSError("No space left on device")
+        except OSError:
+            time.sleep(2 * TIMEOUT)
+        return {"said": "left"}
+    said = "nothing"
+    try:
+        hs.trace(hs.hessian(problem), "hutchinson", budget=3)
+    except RankLost as error:
+        said = str(error)
+    return {"said": said, "seconds": time.monotonic() - began}

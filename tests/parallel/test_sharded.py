@@ -1,0 +1,138 @@
+"""Weights, vectors and bases divided by fully_shard: the numbers of one process, and each rank's share of memory and bytes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from launching import run_ranks
+from programs import DENSITY, fully_sharded, sharded_commands
+from shared_cases import ARCHITECTURES, cases, few_cases
+from test_data_parallel import Found, assert_same_result, differences
+
+import hesscope as hs
+from architectures import ragged_batches, tiny
+from hesscope.cli.main import run
+from oracles import relative
+
+#: Where the streamed engine, which divided weights choose, leads to another way or to other costs than double backward.
+OTHER_WAYS = ("block, positions: products", "diagonal, auto", ": units")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have run all programs, once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-sharded-ranks"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "0.pt").exists():
+            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands")
+    return root
+
+
+@pytest.fixture(scope="session")
+def two(folder: Path) -> list[dict[str, Any]]:
+    """What the programs returned on either rank."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def far_apart(found: Found, expected: Found) -> list[str]:
+    """Differences beyond what models' own casts to float32 make of another engine."""
+    wrong = [line for line in differences(found, expected) if not any(way in line for way in OTHER_WAYS)]
+    return [line for line in wrong if not float(line.rsplit(" ", 1)[1]) < 1e-6]
+
+
+def test_numbers_are_those_of_one_rank_and_of_a_model_that_is_whole(two: list[dict[str, Any]], alone: None) -> None:
+    expected = dict(few_cases(lambda problem: problem))
+    assert [differences(rank["sharded"], expected) for rank in two] == [[], []]
+    assert differences(dict(few_cases(fully_sharded)), expected) == []
+
+
+def test_a_rank_holds_its_rows_of_a_vector(two: list[dict[str, Any]]) -> None:
+    model = tiny("gpt2")
+    n = sum(p.numel() for p in model.parameters())
+    numbers = [rank["sharded_facts"]["numbers"] for rank in two]
+    assert sum(numbers) == n
+    # Every first axis but the vocabulary's, 37, and that of positions is even.
+    assert max(numbers) <= n / 2 + 8
+
+
+def test_a_product_moves_little_more_than_the_least(two: list[dict[str, Any]]) -> None:
+    """Blocks and their part of the vector twice, what is outside them once, and one sum of the product."""
+    model = tiny("gpt2")
+    blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("transformer.h."))
+    n = sum(p.numel() for p in model.parameters())
+    least = 8 * (2 * 2 * blocks + 2 * (n - blocks) + n) // 2
+    for rank in two:
+        assert least <= rank["sharded_facts"]["moved"] <= 1.1 * least
+
+
+def test_a_vector_of_dtensors_gives_its_like(two: list[dict[str, Any]]) -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches()[:2])
+    given = {name: p.detach() + 1.0 for name, p in problem.model.named_parameters()}
+    expected = hs.hessian(problem) @ given
+    for rank in two:
+        facts = rank["sharded_facts"]
+        assert facts["placed"]
+        for name, part in expected.items():
+            assert relative(facts["as DTensors"][name], part) < 1e-10
+            assert relative(facts["as whole"][name], part) < 1e-10
+
+
+def test_what_cannot_be_is_said_on_every_rank(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        facts = rank["sharded_facts"]
+        assert facts["undivided"].endswith("pass it through hs.data_parallel(problem) on every process.")
+        assert "this one is, so leave fully_shard_model out" in facts["twice"]
+        assert "Expected no probe_groups with a model whose weights are divided" in facts["groups"]
+
+
+def test_what_one_ranks_share_raises_ends_all_and_they_stay_in_step(two: list[dict[str, Any]]) -> None:
+    said = {rank["sharded_facts"]["bad"] for rank in two}
+    assert said == {"The third batch is bad.", "Rank 1 stopped: The third batch is bad."}
+    assert [rank["sharded_facts"]["after"] for rank in two] == ["nothing"] * 2
+
+
+def test_commands_write_the_folders_of_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert [status for rank in two for status, _ in rank["sharded_commands"].values()] == [0] * 4
+    assert {status for status, _ in sharded_commands(tmp_path).values()} == {0}
+    for name in two[0]["sharded_commands"]:
+        assert_same_result(folder / name, tmp_path / name, "fully sharded")
+
+
+def test_a_layout_needs_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*DENSITY, "--layout", "fsdp"]) == 2
+    assert "put torchrun before the command" in capfd.readouterr().err
+    assert run([*DENSITY, "--layout", "ring"]) == 2
+    assert "Expected --layout to be data, fsdp or hsdp, got 'ring'." in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_architecture_on_three_ranks(tmp_path: Path, alone: None) -> None:
+    one = dict(cases(fully_sharded, ARCHITECTURES))
+    assert far_apart(one, dict(cases(lambda problem: problem, ARCHITECTURES))) == []
+    for found in run_ranks(3, tmp_path, "all_sharded"):
+        assert differences(found["all_sharded"], one) == []
+
+
+@pytest.mark.slow
+def test_twice_among_two_ranks(tmp_path: Path) -> None:
+    one = dict(few_cases(lambda problem: problem))
+    for found in run_ranks(4, tmp_path, "hybrid"):
+        assert differences(found["hybrid"], one) == []

@@ -1,0 +1,118 @@
+"""What a plan says, what it refuses, and how the commands and engine="auto" heed it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import hesscope as hs
+from architectures import ragged_batches, tiny
+from hesscope.assets import model_path
+from hesscope.memory import parse_bytes
+
+MB = 10**6
+
+
+def wide(sequences: int = 8) -> hs.Problem:
+    """The embedded model, with a graph of some hundred megabytes."""
+    ids = torch.randint(0, 256, (sequences, 128), generator=torch.Generator().manual_seed(0))
+    return hs.causal_lm(model_path(), ids, batch_size=sequences)
+
+
+def room(extra: int) -> int:
+    """A limit that leaves so much beside what the process has taken."""
+    return int(psutil.Process().memory_info().rss) + extra
+
+
+def test_every_engine_has_a_row_and_what_would_fit_is_named(tmp_path: Path) -> None:
+    found = hs.plan(hs.causal_lm(tiny("llama"), ragged_batches()), what="block", measure=False)
+    assert list(found.engines) == [
+        "reverse-over-reverse",
+        "forward-over-reverse",
+        "reverse-over-forward",
+        "streamed",
+        "finite-difference",
+    ]
+    assert found.chosen == "reverse-over-reverse"
+    assert found.wanted_products == found.vector_bytes // 8
+    row = found.engines["reverse-over-reverse"]
+    assert row["fits"]
+    assert 0 < row["tensor_bytes"] <= row["least_bytes"] <= row["peak_bytes"]
+    assert 0 < row["further_seconds"] <= row["first_seconds"] <= row["total_seconds"]
+    assert set(found.would_fit) == {"length", "batch_size", "vectors", "basis"}
+    found.save(tmp_path / "plan")
+    assert hs.load(tmp_path / "plan").summary() == found.summary()
+
+
+def test_a_graph_grows_with_the_batch_and_streamed_takes_less() -> None:
+    one, two = (
+        hs.plan(problem, measure=False, engines=["reverse-over-reverse", "streamed"])
+        for problem in (wide(sequences=4), wide())
+    )
+    peaks = [
+        [plan.engines[name]["tensor_bytes"] for name in ("reverse-over-reverse", "streamed")] for plan in (one, two)
+    ]
+    assert peaks[0][0] < peaks[1][0] < 2.2 * peaks[0][0]
+    assert peaks[1][1] < 0.7 * peaks[1][0]
+
+
+def test_less_memory_fits_less() -> None:
+    problem = wide()
+    much, little = (
+        hs.plan(problem, measure=False, engines=["streamed"], memory=room(size * MB)) for size in (2000, 200)
+    )
+    assert little.would_fit["batch_size"] < much.would_fit["batch_size"]
+    assert little.would_fit["basis"] < much.would_fit["basis"]
+    assert not hs.plan(problem, measure=False, engines=["streamed"], memory=MB).engines["streamed"]["fits"]
+
+
+def test_auto_takes_the_streamed_engine_where_the_graph_does_not_fit() -> None:
+    problem = wide()
+    v = torch.randn(hs.select(problem).size, generator=torch.Generator().manual_seed(1))
+    usual = hs.hessian(problem) @ v
+    rows = hs.plan(problem, measure=False).engines
+    between = (rows["reverse-over-reverse"]["least_bytes"] + rows["streamed"]["least_bytes"]) // 2
+    H = hs.hessian(problem)
+    with hs.memory_limit(room(between)):
+        found = H @ v
+    assert H.describe()["engine_choice"].startswith("streamed: ")
+    assert "do not fit" in H.describe()["engine_choice"]
+    torch.testing.assert_close(found, usual, rtol=1e-3, atol=1e-5 * float(usual.abs().max()))
+
+
+def test_an_engine_that_was_asked_for_is_refused_where_it_does_not_fit() -> None:
+    H = hs.hessian(wide(), engine="reverse-over-reverse")
+    v = torch.ones(H.shape[0])
+    with hs.memory_limit(room(60 * MB)), pytest.raises(hs.HesscopeError, match=r"predicted to take .*batch-size"):
+        H @ v
+    with hs.memory_limit(None):
+        assert bool(torch.isfinite(hs.hessian(wide(), engine="reverse-over-reverse") @ v).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"operator": "fisher"}, "operator to be one of hessian, ggn"),
+        ({"what": "everything"}, "what to be one of"),
+        ({"products": 0}, "products to be a whole number"),
+        ({"engines": ["fastest"]}, "engine"),
+        ({"memory": "much"}, "amount of memory"),
+    ],
+)
+def test_impossible_requests_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(hs.HesscopeError, match=message):
+        hs.plan(hs.causal_lm(tiny("gpt2"), ragged_batches()), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("512", 512), (7, 7)])
+def test_amounts_of_memory(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", "8 apples", True, 0])
+def test_what_is_no_amount_of_memory(text: object) -> None:
+    with pytest.raises(hs.HesscopeError, match="amount of memory"):
+        parse_bytes(text)  # type: ignore[arg-type]

@@ -1,0 +1,41 @@
+"""Memory figures of a GPU are those of torch's allocator."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+import torch
+
+import hesscope as hs
+from hesscope.dryrun import resident_bytes
+from hesscope.memory import available_bytes
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 100 bytes, 10 of them free, 40 reserved by torch, 25 in tensors."""
+    figures = {"mem_get_info": (10, 100), "memory_reserved": 40, "memory_allocated": 25}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_torch_holds_without_a_tensor_in_it_is_free() -> None:
+    assert available_bytes(GPU) == 10 + (40 - 25)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_limit_is_one_on_tensors() -> None:
+    with hs.memory_limit(60):
+        assert available_bytes(GPU) == 60 - 25
+    with hs.memory_limit(20):
+        assert available_bytes(GPU) == 0
+    with hs.memory_limit(None):
+        assert available_bytes(GPU) == 25
+
+
+def test_a_plan_for_a_gpu_counts_tensors_alone() -> None:
+    assert resident_bytes(array("q", [1000, 2000]), 3000, GPU) == 3000
