@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shared_cases import ARCHITECTURES, QUICK, cases, few_cases, grouped_cases
+from shared_cases import ARCHITECTURES, QUICK, cases, few_cases, grouped_cases, tensor_cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
@@ -113,6 +115,63 @@ def hybrid(folder: Path) -> dict[str, dict[str, Tensor]]:
         return hs.data_parallel(problem.related())
 
     return dict(few_cases(share))
+
+
+def hybrid_groups(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The same, the replicas dividing the vectors of a product."""
+
+    def share(problem: hs.Problem) -> hs.Problem:
+        if not any(is_sharded(p) for p in problem.model.parameters()):
+            hs.fully_shard_model(problem.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+        return hs.data_parallel(problem.related(), probe_groups=2)
+
+    return dict(few_cases(share))
+
+
+def in_parallel(model: nn.Module) -> nn.Module:
+    """The model under a tensor-parallel plan over all ranks: some layers divided by outputs, some by inputs."""
+    by_outputs = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")
+    by_inputs = ("o_proj", "down_proj", "dense", "fc2")
+    plan: dict[str, Any] = {}
+    for name, _ in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind in by_outputs:
+            plan[name] = ColwiseParallel()
+        elif kind in by_inputs:
+            plan[name] = RowwiseParallel()
+        elif kind == "embed_tokens":
+            plan[name] = RowwiseParallel(input_layouts=Replicate())
+        elif kind == "lm_head":
+            plan[name] = ColwiseParallel(output_layouts=Replicate())
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def tensor_parallel(problem: hs.Problem) -> hs.Problem:
+    """The problem of the model under such a plan."""
+    if not any(is_sharded(p) for p in problem.model.parameters()):
+        in_parallel(problem.model)
+    return hs.data_parallel(problem.related())
+
+
+def tensor(folder: Path) -> dict[str, Any]:
+    """The numbers of a model under a plan; and its own forward pass, before and after it was borrowed."""
+    found = {name: dict(tensor_cases(tensor_parallel, name)) for name in ("qwen2",)}
+    model, batch = in_parallel(tiny("qwen2")), ragged_batches()[2]
+    with torch.no_grad():
+        before = model(**batch).logits
+        hs.trace(hs.hessian(hs.data_parallel(hs.causal_lm(model, [batch]))), "hutchinson", budget=2)
+        after = model(**batch).logits
+    parameters = dict(model.named_parameters())
+    H = hs.hessian(hs.data_parallel(hs.causal_lm(model, [batch])))
+    product = H @ {name: p.detach() + 1.0 for name, p in parameters.items()}
+    found["placed"] = [part.placements == parameters[name].placements for name, part in product.items() if is_sharded(parameters[name])]  # type: ignore[attr-defined]  # fmt: skip
+    found["as DTensors"] = {name: part.full_tensor() if is_sharded(part) else part for name, part in product.items()}  # type: ignore[attr-defined]
+    return found | {"before": before, "after": after}
+
+
+def all_tensor(folder: Path) -> dict[str, Any]:
+    """The same with biases everywhere."""
+    return dict(tensor_cases(tensor_parallel, "phi"))
 
 
 def sharded_facts(folder: Path) -> dict[str, Any]:

@@ -127,6 +127,26 @@ def few_cases(share: Share) -> Iterator[Case]:
     yield "block of the perplexity", _block(hs.hessian(perplexed, part))
 
 
+def tensor_cases(share: Share, architecture: str) -> Iterator[Case]:
+    """Operators over all weights, over some of everything, and algorithms, of a model of linear layers and biases."""
+    whole = hs.causal_lm(tiny(architecture), ragged_batches())
+    problem = share(whole)
+    yield "risk", {"R": torch.tensor(problem.risk())}
+    everything = hs.select(problem)
+    V = everything.flatten(everything.gaussian(0, [0, 1]))
+    for kind, A in {
+        "hessian": hs.hessian(problem, everything),
+        "whole vectors": hs.hessian(problem, everything, "reverse-over-reverse"),
+        "finite difference": hs.hessian(problem, everything, "finite-difference"),
+        "ggn": hs.ggn(problem, everything),
+    }.items():
+        yield f"all weights: {kind}", {"AV": A @ V}
+    yield from _products("some", problem, ("auto",), "*layers.1.mlp.*.weight")
+    pairs = hs.eigs(hs.hessian(problem, hs.select(problem, "*layers.1.mlp.*")), k=2, basis_dtype="float16")
+    yield "eigs in a rounded basis", {"values": pairs.eigenvalues}
+    yield "diagonal", {"values": hs.diagonal(hs.hessian(problem, hs.select(problem, "*norm*")), "exact").flat()}
+
+
 def grouped_cases(share: Share) -> Iterator[Case]:
     """What hands several vectors over at once, on three batches and on one."""
     whole = hs.causal_lm(tiny("gpt2"), ragged_batches())

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from launching import run_ranks
 from programs import DENSITY, fully_sharded, sharded_commands
-from shared_cases import ARCHITECTURES, cases, few_cases
+from shared_cases import ARCHITECTURES, cases, few_cases, tensor_cases
 from test_data_parallel import Found, assert_same_result, differences
 
 import hesscope as hs
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "0.pt").exists():
-            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands")
+            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands", "tensor")
     return root
 
 
@@ -95,12 +95,34 @@ def test_a_vector_of_dtensors_gives_its_like(two: list[dict[str, Any]]) -> None:
             assert relative(facts["as whole"][name], part) < 1e-10
 
 
+def test_a_tensor_parallel_model_has_the_numbers_of_one_that_is_whole(two: list[dict[str, Any]]) -> None:
+    expected = dict(tensor_cases(lambda problem: problem, "qwen2"))
+    for rank in two:
+        assert far_apart(rank["tensor"]["qwen2"], expected) == []
+
+
+def test_a_tensor_parallel_model_comes_back_as_it_was(two: list[dict[str, Any]]) -> None:
+    model, batch = tiny("qwen2"), ragged_batches()[2]
+    expected = hs.hessian(hs.causal_lm(model, [batch])) @ {n: p.detach() + 1.0 for n, p in model.named_parameters()}
+    for rank in two:
+        facts = rank["tensor"]
+        assert torch.equal(facts["before"], facts["after"])
+        torch.testing.assert_close(facts["before"], model(**batch).logits.detach(), rtol=1e-6, atol=1e-6)
+        assert len(facts["placed"]) > 10
+        assert all(facts["placed"])
+        for name, part in expected.items():
+            assert relative(facts["as DTensors"][name], part) < 1e-6  # the model casts to float32
+
+
 def test_what_cannot_be_is_said_on_every_rank(two: list[dict[str, Any]]) -> None:
     for rank in two:
         facts = rank["sharded_facts"]
         assert facts["undivided"].endswith("pass it through hs.data_parallel(problem) on every process.")
         assert "this one is, so leave fully_shard_model out" in facts["twice"]
-        assert "Expected no probe_groups with a model whose weights are divided" in facts["groups"]
+        assert (
+            "Expected probe_groups to be the replicas of the divided weights, got 2 groups and 1 replica:"
+            in facts["groups"]
+        )
 
 
 def test_what_one_ranks_share_raises_ends_all_and_they_stay_in_step(two: list[dict[str, Any]]) -> None:
@@ -132,7 +154,15 @@ def test_every_architecture_on_three_ranks(tmp_path: Path, alone: None) -> None:
 
 
 @pytest.mark.slow
-def test_twice_among_two_ranks(tmp_path: Path) -> None:
+def test_twice_among_two_ranks_and_the_replicas_as_groups(tmp_path: Path) -> None:
     one = dict(few_cases(lambda problem: problem))
-    for found in run_ranks(4, tmp_path, "hybrid"):
+    for found in run_ranks(4, tmp_path, "hybrid", "hybrid_groups"):
         assert differences(found["hybrid"], one) == []
+        assert differences(found["hybrid_groups"], one) == []
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_model_with_biases_on_four_ranks(tmp_path: Path) -> None:
+    expected = dict(tensor_cases(lambda problem: problem, "phi"))
+    for found in run_ranks(4, tmp_path, "all_tensor"):
+        assert far_apart(found["all_tensor"], expected) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.assets import model_path
 from hesscope.memory import parse_bytes
+from hesscope.planning.speed import Rates
 
 MB = 10**6
 
@@ -45,6 +47,28 @@ def test_every_engine_has_a_row_and_what_would_fit_is_named(tmp_path: Path) -> N
     assert set(found.would_fit) == {"length", "batch_size", "vectors", "basis"}
     found.save(tmp_path / "plan")
     assert hs.load(tmp_path / "plan").summary() == found.summary()
+
+
+def test_a_plan_is_of_the_precision_that_products_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, engine = wide(2), ["streamed"]
+    plain = hs.plan(problem, measure=False, engines=engine)
+    summed = hs.plan(problem, measure=False, engines=engine, precision="float32")
+    # The sum over batches takes eight bytes a coordinate instead of four, wherever the peak is.
+    assert summed.engines["streamed"]["tensor_bytes"] >= plain.engines["streamed"]["tensor_bytes"]
+    kept = ["reverse-over-reverse"]
+    more = [hs.plan(problem, measure=False, engines=kept, precision=p).engines[kept[0]] for p in (None, "float32")]
+    assert more[1]["tensor_bytes"] - more[0]["tensor_bytes"] >= 0.99 * plain.vector_bytes
+    with hs.precision("bfloat16"):
+        rounded = hs.plan(problem, measure=False)
+    assert list(rounded.engines) == ["reverse-over-reverse", "streamed"]
+    assert rounded.what == "eigs of the hessian, precision bfloat16"
+    assert rounded.provenance["operator"] == {"operator": "hessian", "precision": "bfloat16"}
+    # Factors are copied to bfloat16 before they are multiplied: work that a plan without it does not know.
+    monkeypatch.setattr(sys.modules["hesscope.planning.plan"], "measure_rates", lambda *_: Rates(1e10, 1e10, 1e-6))
+    took = [hs.plan(problem, measure=False, engines=kept, precision=p).engines[kept[0]] for p in (None, "bfloat16")]
+    assert took[0]["further_seconds"] < took[1]["further_seconds"]
+    with pytest.raises(hs.HesscopeError, match="precision='bfloat16', got 'forward-over-reverse'"):
+        hs.plan(problem, measure=False, engines=["streamed", "forward-over-reverse"], precision="bfloat16")
 
 
 def test_a_graph_grows_with_the_batch_and_streamed_takes_less() -> None:

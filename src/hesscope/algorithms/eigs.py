@@ -14,15 +14,18 @@ from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.krylov import Krylov
 from hesscope.algorithms.power import power
+from hesscope.algorithms.probing import require_finite
 from hesscope.algorithms.starting import start_digest, start_vectors, warm_start
 from hesscope.algorithms.wanted import WHICH, ends, wanted, worth_keeping
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs
-from hesscope.space import Vectors
+from hesscope.space import Vectors, vectors
 
 _METHODS = ("lanczos", "power")
 _DEFAULT_STEPS = 300
+#: Of the tolerance, what a search may use up where rounding of the basis will add its own.
+_BEFORE_ROUNDING = 0.8
 
 
 def eigs(
@@ -38,6 +41,7 @@ def eigs(
     max_basis: int | None = None,
     basis_device: str | torch.device | None = None,
     basis_folder: str | Path | None = None,
+    basis_dtype: str | torch.dtype | None = None,
     method: str = "lanczos",
     momentum: float | str = 0.0,
     batches: int | None = None,
@@ -59,6 +63,9 @@ def eigs(
             half of the free memory (or disk) holds.
         basis_device: keep the basis there, such as "cpu"; where the parameters are by default.
         basis_folder: keep the basis in files of this folder, mapped into memory; they vanish with the run.
+        basis_dtype: "float16" or "bfloat16" keeps the basis rounded to that, in half of float32's memory, and measures the
+            residuals of what was found by k products more. Rounding leaves relative residuals of a few 1e-4 (float16) or
+            1e-3 (bfloat16), more after many restarts: a `tol` below that is not met.
         method: "lanczos", or "power": power iteration with deflation, one pair after the other, for "LM" only.
         momentum: for the power method: 0 is the plain form, "auto" or a number beta the accelerated one.
         batches: for the power method: its stochastic form, every product on so many batches, drawn anew.
@@ -83,15 +90,23 @@ def eigs(
     options: dict[str, Any] = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed}
     options |= {"method": method, "start": start_digest(H, given)}
     if method == "power":
-        if which != "LM" or max_basis is not None:
-            raise HesscopeError("Expected which='LM' and no max_basis with method='power'; use method='lanczos'.")
+        if which != "LM" or max_basis is not None or basis_dtype is not None:
+            raise HesscopeError(
+                "Expected which='LM' and neither max_basis nor basis_dtype with method='power'; use method='lanczos'."
+            )
         return _told(power(H, k, tol, max_products, seed, checkpoint, given, momentum, batches, options))
     if momentum != 0 or batches is not None:
         raise HesscopeError("Expected momentum and batches only with method='power', got them with method='lanczos'.")
-    home = Home.of(basis_device, basis_folder)
+    home = Home.of(basis_device, basis_folder, basis_dtype)
     products = max(_DEFAULT_STEPS, 20 * k) if max_products is None else max_products
+    if home.dtype is not None and products < 2 * k:
+        raise HesscopeError(
+            f"Expected max_products of at least {2 * k} for {k} pairs with basis_dtype={str(basis_dtype)!r}, "
+            f"whose residuals take {k}, got {products}."
+        )
     search = Search(H, k, which, tol, products, basis_capacity(H, k, max_basis, home), seed, given, home)
-    spent = drive(H, search, options | {"max_basis": max_basis}, checkpoint)
+    options |= {"max_basis": max_basis, "basis_dtype": None if basis_dtype is None else str(basis_dtype)}
+    spent = drive(H, search, options, checkpoint)
     pairs = Eigenpairs(
             **spent,
             which=which,
@@ -112,9 +127,11 @@ def _told(pairs: Eigenpairs) -> Eigenpairs:
     """The pairs; with a warning where some missed the tolerance."""
     if not pairs.converged:
         missed = int((pairs.residuals > pairs.tol * pairs.eigenvalues.abs()).sum())
+        rounded = pairs.provenance["options"].get("basis_dtype") is not None
         warnings.warn(
             f"{missed} of {len(pairs.residuals)} eigenpairs missed tol={pairs.tol:g} after {pairs.products} products; "
-            "their measured residuals are in the result; allow more with max_products.",
+            "their measured residuals are in the result; allow more with max_products"
+            + (", or leave basis_dtype out: rounding may be what is left." if rounded else "."),
             HesscopeWarning,
             stacklevel=3,
         )
@@ -140,7 +157,7 @@ def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> in
     n, least = H.space.size, min(k + 2, H.space.size)
     if max_basis is not None and max_basis < least:
         raise HesscopeError(f"Expected max_basis of at least {least} for {k} pairs, got {max_basis}.")
-    fits = H.comm.on_first(lambda: home.free_bytes(H.space)) // (2 * n * H.dtype.itemsize)
+    fits = H.comm.on_first(lambda: home.free_bytes(H.space)) // (2 * n * home.itemsize(H.space))
     if fits < least:
         raise HesscopeError(
             f"Expected room for a basis of {least} vectors of {n} coordinates; only {fits} fit. Try basis_device='cpu', "
@@ -150,13 +167,17 @@ def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> in
 
 
 #: What a search knows beside its Krylov run; capacity and products because they may come from the memory that was free.
-_COUNTERS = ("_capacity", "expected", "steps", "_look_again", "done_", "_note")
+_COUNTERS = ("_capacity", "expected", "_most", "steps", "_found", "_left", "_note")
 #: What its last look found.
 _FOUND = ("values", "residuals", "good", "converged", "_S")
 
 
 class Search(Iteration):
-    """Lanczos until the measured residuals are small; a basis that is full restarts."""
+    """Lanczos until the measured residuals are small; a basis that is full restarts.
+
+    The residuals come from the products of the steps, except where the basis was rounded: then the search goes on to 0.8 of
+    the tolerance, and a product more for each pair measures them.
+    """
 
     description = "eigenpairs"
     at_most = True
@@ -166,16 +187,17 @@ class Search(Iteration):
         given: Vectors | None, home: Home,
     ) -> None:  # fmt: skip
         self._H, self._k, self._which, self._tol = H, k, which, tol
-        self._capacity, self.steps, self._look_again = capacity, 0, 0
-        self.expected = products if capacity < H.space.size else min(products, capacity)
+        self._capacity, self.steps, self._left = capacity, 0, k if home.dtype is not None else 0
+        self._most = products - self._left if capacity < H.space.size else min(products - self._left, capacity)
+        self.expected = self._most + self._left
         first = warm_start(H, given, seed)
         self.krylov = Krylov(H, first, seed, restart=True, capacity=min(capacity, products), home=home)
-        self.done_ = False
+        self._found = False
         self._note = ""
 
     @property
     def done(self) -> bool:
-        return self.done_
+        return self._found and self._left == 0
 
     def note(self) -> str:
         return self._note
@@ -185,7 +207,7 @@ class Search(Iteration):
         return self.krylov.combine(self._S)
 
     def state(self) -> dict[str, Any]:
-        names = [*_COUNTERS, *(_FOUND if self.done_ else ())]
+        names = [*_COUNTERS, *(_FOUND if self._found else ())]
         return {"krylov": self.krylov.state(), **{name: getattr(self, name) for name in names}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -194,22 +216,36 @@ class Search(Iteration):
             setattr(self, name, value)
 
     def step(self) -> None:
+        if self._found:
+            self._measure(self._left - 1)
+            return
         if self.krylov.m == self._capacity:
             self._restart()
         self.krylov.step()
         self.steps += 1
         m, full = self.krylov.m, self.krylov.m == self._capacity
-        last = self.steps == self.expected or self.krylov.ended
+        last = self.steps == self._most or self.krylov.ended
         if m < self._k or (m > 50 and m % 5 and not last and not full):
             return
         values, S = self.krylov.ritz()
         pick = wanted(values, self._k, self._which)
         self.values, self._S = values[pick], S[:, pick]
         self.residuals = self.krylov.residuals(self.values, self._S)
-        self.good = self._small(self.residuals, self.values)
+        self.good = self._small(self.residuals, self.values, _BEFORE_ROUNDING if self._left else 1.0)
         self._note = f"{int(self.good.sum())} of {self._k} converged"
         self.converged = bool(self.good.all())
-        self.done_ = last or (self.converged and self._complete(self.values))
+        self._found = last or (self.converged and self._complete(self.values))
+
+    def _measure(self, i: int) -> None:
+        """One product: the Rayleigh quotient and the residual of the i-th vector as it will be returned."""
+        v = self.krylov.combine(self._S[:, i : i + 1])
+        w = self._H.matmat(v)
+        require_finite(self._H, w)
+        self.values[i] = self._H.space.inner(v, w)[0, 0]
+        self.residuals[i] = self._H.space.norms(vectors.add(w, v, -float(self.values[i])))[0]
+        self._left = i
+        self.good = self._small(self.residuals, self.values)
+        self.converged = bool(self.good.all())
 
     def _restart(self) -> None:
         values, S = self.krylov.ritz()
@@ -235,8 +271,8 @@ class Search(Iteration):
                 return False
         return True
 
-    def _small(self, residuals: Tensor, values: Tensor) -> Tensor:
-        return residuals <= (max(self._tol, self._H.space.rounding) * values.abs()).clamp(min=self._floor())
+    def _small(self, residuals: Tensor, values: Tensor, share: float = 1.0) -> Tensor:
+        return residuals <= (max(share * self._tol, self._H.space.rounding) * values.abs()).clamp(min=self._floor())
 
     def _floor(self) -> float:
         """What the rounding of the vectors, not of the parameters, leaves of any residual."""

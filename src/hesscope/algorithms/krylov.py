@@ -4,7 +4,7 @@
 
 (Lanczos, 1950; Golub and Van Loan, section 10.1.) K holds all coefficients of the orthogonalisation, so the identity holds
 for the products as they came, noise and asymmetry included; T, what K would be for an exactly symmetric A, is what is
-diagonalised. Both are float64 on the CPU; Q is a `Basis`.
+diagonalised. Both are float64 on the CPU; Q is a `Basis`. Where that rounds its vectors, the identity holds to rounding only.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Krylov:
         """Everything but the operator, the basis as a view."""
         return {"alphas": self.alphas, "betas": self.betas, "starts": self._starts, "ended": self.ended,
                 "made": self._made, "arrow": self._arrow, "lost": self._lost, "coefficients": self._K,
-                "next": self._next, "basis": self.basis}  # fmt: skip
+                "next": self._next, "basis": self._Q.stored}  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where a state was taken."""

@@ -180,6 +180,9 @@ def eigs(
     max_basis: Annotated[int | None, typer.Option(help="Vectors kept at most; a full basis restarts.")] = None,
     basis_device: _BasisDevice = None,
     basis_folder: _BasisFolder = None,
+    basis_dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16: keep the basis rounded, in half the memory.")
+    ] = None,
     method: Annotated[str, typer.Option(help="lanczos, or power: power iteration with deflation.")] = "lanczos",
     momentum: Annotated[str, typer.Option(help="For power: a number, or auto; 0 is the plain form.")] = "0",
     batches: Annotated[int | None, typer.Option(help="For power: every product on so many batches drawn anew.")] = None,
@@ -204,6 +207,7 @@ def eigs(
         "max_basis": max_basis,
         "basis_device": basis_device,
         "basis_folder": basis_folder,
+        "basis_dtype": basis_dtype,
     }
     how |= {"method": method, "momentum": momentum, "batches": batches}
     own = {"k": k, "which": which, "tol": tol, "max_products": max_products, **how}

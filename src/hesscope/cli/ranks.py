@@ -42,7 +42,7 @@ def shared(problem: Problem, options: dict[str, Any]) -> Problem:
 
     if layout != "data":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        fully_shard_model(problem.model, mesh_of(layout, ranks.device_type, local))
+        fully_shard_model(problem.model, mesh_of(layout, ranks.device_type, local, ranks.probe_groups))
         problem = problem.related()
     return divided(problem, comm(), {name: repr(value) for name, value in options.items()})
 

@@ -47,14 +47,20 @@ class DryProduct:
 
 
 class DryRuns:
-    """Dry runs of a problem's largest batch; the problem and its model are left alone.
+    """Dry runs of a problem's largest batch; the problem and its model are left alone. Products are summed in `sum_dtype`.
 
     Raises:
         NotDry: from `product`, for a model that asks for numbers: which expert a token goes to, for instance.
     """
 
-    def __init__(self, problem: Problem, space: Space, device: torch.device | None = None) -> None:
-        self.device = device or problem.device
+    def __init__(
+        self,
+        problem: Problem,
+        space: Space,
+        device: torch.device | None = None,
+        sum_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.device, self._sum_dtype = device or problem.device, sum_dtype
         self.problem = shadow_problem(problem.subset([largest_batch(problem)]))
         self.space = Space([replace(c, device=META) for c in space.coordinates])
         self._shadow = Shadow()
@@ -87,7 +93,7 @@ class DryRuns:
         with warnings.catch_warnings(), in_words():
             warnings.simplefilter("ignore", HesscopeWarning)
             with meter:
-                found = run_product(engine, self.problem, self.space, V, meter, kept, checked, into)
+                found = run_product(engine, self.problem, self.space, V, meter, kept, checked, into, self._sum_dtype)
         return replace(found, resident=resident_bytes(meter.trace, meter.peak, self.device)) if replayed else found
 
 
@@ -100,12 +106,13 @@ def run_product(
     kept: bool = False,
     checked: bool = True,
     into: Vectors | None = None,
+    sum_dtype: torch.dtype | None = None,
 ) -> DryProduct:
     """Run the product of a problem's first batch under a meter that is entered; V was there before, and `into` if given."""
     if checked:
         engine.prepare(problem, space)
     prepare = meter.work
-    into = space.sums(_vectors.count(V)) if into is None else into
+    into = space.sums(_vectors.count(V), sum_dtype) if into is None else into
     made = engine.linearize(problem, 0, space)
     build = meter.work - prepare
     made.add_product(V, into, last=not kept)
@@ -113,7 +120,7 @@ def run_product(
     product = meter.work - prepare - build
     if kept:
         del into  # the algorithm is done with it
-        made.add_product(V, space.sums(_vectors.count(V)))
+        made.add_product(V, space.sums(_vectors.count(V), sum_dtype))
     return DryProduct(_vectors.count(V), meter.peak, meter.peak, held, prepare, build, product, engine.note)
 
 

@@ -34,6 +34,12 @@ def local_rows(tensor: Tensor) -> Tensor:
     return rows.detach()
 
 
+def divided_axis(tensor: Tensor) -> int | None:
+    """The axis along which a tensor of torch.distributed's is divided; None where every process has all of it."""
+    axes: list[int] = [place.dim for place in tensor.placements if hasattr(place, "dim")]  # type: ignore[attr-defined]
+    return axes[0] % tensor.dim() if axes else None
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, under its first name, in the order of `model.named_parameters()`."""
     return dict(model.named_parameters())

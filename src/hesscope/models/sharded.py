@@ -1,8 +1,9 @@
-"""Weights that `torch.distributed.fsdp.fully_shard` has divided among processes, gathered while they are used.
+"""Weights that `fully_shard` or a tensor-parallel plan has divided among processes, gathered while they are used.
 
-Such a model's parameters are DTensors of which every process holds some rows, and hooks of the modules that `fully_shard` was
-called on gather them for a forward and a backward pass of training. While a model is borrowed these hooks are put aside, and
-others gather what nothing else stands in for, an `Exchange` doing the work, so that processes need not run in step.
+Such a model's parameters are DTensors of which every process holds a part, and hooks of its modules gather them for a forward and
+a backward pass of training, or have each process compute with its own part. While a model is borrowed these hooks are put aside,
+and others gather what nothing else stands in for, an `Exchange` doing the work: each process then runs the whole model on data of
+its own, block by block, and processes need not run in step. DTensor's own derivatives end with the first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hesscope.errors import HesscopeError
 from hesscope.exchange import Exchange, Table
-from hesscope.models.parameters import aliases, is_sharded, local_rows, named_parameters
+from hesscope.models.parameters import aliases, divided_axis, is_sharded, local_rows, named_parameters
 from hesscope.models.standing import Standing
 
 #: Marks a function in place of a module's forward that needs none of its weights.
@@ -37,11 +38,12 @@ class Sharded:
         _reshard(model)
         self._all = named_parameters(model)
         sharded = {name: p for name, p in self._all.items() if is_sharded(p)}
-        self._index = {name: i for i, name in enumerate(sharded)}
+        self._axes = {name: divided_axis(p) for name, p in sharded.items()}
+        axes = {name: axis for name, axis in self._axes.items() if axis is not None}
+        self._index = {name: i for i, name in enumerate(axes)}
         self.exchange = Exchange(*_groups(sharded))
-        self._table = self.exchange.register(
-            Table([local_rows(p) for p in sharded.values()], [len(p) for p in sharded.values()])
-        )
+        rows = [local_rows(sharded[name]).movedim(axis, 0) for name, axis in axes.items()]
+        self._table = self.exchange.register(Table(rows, [sharded[name].shape[axis] for name, axis in axes.items()]))
         self._devices = {name: p.device for name, p in sharded.items()}
         self._modules = _owners(model)
         self._standing = Standing()
@@ -53,7 +55,7 @@ class Sharded:
         self.differentiated: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._index
+        return name in self._axes
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model's parameters are still those."""
@@ -66,7 +68,7 @@ class Sharded:
 
     @property
     def names(self) -> Sequence[str]:
-        return list(self._index)
+        return list(self._axes)
 
     def device(self, name: str) -> torch.device:
         """Where a weight is gathered."""
@@ -76,9 +78,16 @@ class Sharded:
         """All of a weight; every process takes part."""
         if self._held is not None and name in self._to_hold:
             if name not in self._held:
-                self._held[name] = self.exchange.gather(self._table, self._index[name])
+                self._held[name] = self._gathered(name)
             return self._held[name].detach()
-        return self.exchange.gather(self._table, self._index[name]).detach()
+        return self._gathered(name).detach()
+
+    def _gathered(self, name: str) -> Tensor:
+        axis = self._axes[name]
+        if axis is None:
+            return local_rows(self._all[name])
+        found = self.exchange.gather(self._table, self._index[name])
+        return found if axis == 0 else found.movedim(0, axis).contiguous()
 
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
@@ -131,15 +140,14 @@ class Sharded:
         def after(owner: nn.Module, args: Any, output: Any) -> None:
             self._standing.leave(depths.pop())
 
-        own = {
-            key for kind in ("_forward_pre_hooks", "_forward_hooks") for key, hook in getattr(module, kind).items()
-            if type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
-        }  # fmt: skip
+        own = _keys_of_distribution(module)
         aside = {
             kind: OrderedDict((key, getattr(module, kind).pop(key)) for key in own if key in getattr(module, kind))
             for kind in _HOOKS
         }
         self._put_aside.append((module, aside))
+        if not local:
+            return
         self._handles.append(module.register_forward_pre_hook(before, prepend=True))
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
@@ -174,20 +182,38 @@ def _is_fsdp(module: nn.Module) -> bool:
     return any(c.__module__.startswith("torch.distributed.fsdp") for c in type(module).__mro__)
 
 
+def _keys_of_distribution(module: nn.Module) -> set[int]:
+    """The hooks by which fully_shard gathers weights, and a tensor-parallel plan divides what goes in and comes out."""
+    return {
+        key for kind in ("_forward_pre_hooks", "_forward_hooks") for key, hook in getattr(module, kind).items()
+        if type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+        or str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")
+    }  # fmt: skip
+
+
 def _owners(model: nn.Module) -> list[tuple[nn.Module, dict[str, str]]]:
-    """Every module that `fully_shard` was called on, with {path in it: first name} of the weights that are its own."""
-    first, prefixes = aliases(model), [name for name, module in model.named_modules() if _is_fsdp(module)]
+    """The modules that weights are gathered for, with {path in it: first name} of those, and what else has such hooks.
+
+    They are what `fully_shard` was called on; where it was not, each module that has divided weights of its own.
+    """
+    first = aliases(model)
+    prefixes = [name for name, module in model.named_modules() if _is_fsdp(module)]
+    if not prefixes:
+        prefixes = [name for name, module in model.named_modules() if any(map(is_sharded, module._parameters.values()))]
     found: dict[str, dict[str, str]] = {prefix: {} for prefix in prefixes}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if is_sharded(parameter):
             owners = [p for p in prefixes if not p or name.startswith(f"{p}.")]
             owner = max(owners, key=len, default="")
             found.setdefault(owner, {})[name.removeprefix(f"{owner}.") if owner else name] = first[name]
-    return [(model.get_submodule(prefix), local) for prefix, local in found.items() if local]
+    hooked = {name: found.get(name, {}) for name, module in model.named_modules() if _keys_of_distribution(module)}
+    return [
+        (model.get_submodule(prefix), local) for prefix, local in (found | hooked).items() if local or prefix in hooked
+    ]
 
 
 def _groups(sharded: dict[str, nn.Parameter]) -> tuple[Any, Any]:
-    """The group among whose processes rows are divided, and that of the replicas."""
+    """The group among whose processes weights are divided, and that of the replicas."""
     from torch.distributed.tensor import Replicate, Shard
 
     meshes: list[tuple[Any, int, int | None]] = []
@@ -195,22 +221,21 @@ def _groups(sharded: dict[str, nn.Parameter]) -> tuple[Any, Any]:
         places: Any = p.placements  # type: ignore[attr-defined]
         divided = [i for i, place in enumerate(places) if isinstance(place, Shard)]
         whole = [i for i, place in enumerate(places) if isinstance(place, Replicate)]
-        if (
-            len(divided) != 1
-            or places[divided[0]].dim != 0
-            or len(divided) + len(whole) != len(places)
-            or len(whole) > 1
-        ):
+        if len(divided) > 1 or len(divided) + len(whole) != len(places) or len(places) > 2:
             raise HesscopeError(
-                f"Expected weights divided along their first axis, as fully_shard does by default, got {name} with placements "
-                f"{tuple(places)}; shard the model with fully_shard alone."
+                f"Expected every weight divided along one axis, as fully_shard or a tensor-parallel plan does alone, got {name} with "
+                f"placements {tuple(places)}; leave one of the two out."
             )
         mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-        if all(mesh != other for other, _, _ in meshes):
+        if divided and all((mesh, divided[0]) != known[:2] for known in meshes):
             meshes.append((mesh, divided[0], whole[0] if whole else None))
+    if not meshes:
+        raise HesscopeError(
+            "Expected some weights to be divided, but every process has all of each DTensor; leave these out."
+        )
     if len(meshes) > 1:
         raise HesscopeError(
-            "Expected one device mesh for all weights, got several; call fully_shard with the same mesh=."
+            "Expected one device mesh for all weights, got several; divide all of them along the same mesh."
         )
     mesh, divided_at, whole_at = meshes[0]
     return mesh.get_group(divided_at), None if whole_at is None else mesh.get_group(whole_at)

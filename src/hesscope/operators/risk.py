@@ -34,7 +34,7 @@ from hesscope.problem.microbatches import microbatched
 from hesscope.space import Division, Space, Vectors, vectors
 
 #: Engines that have passes in which everything is linear in the vectors.
-_APART = (Auto.name, ReverseOverReverse.name, Streamed.name)
+APART = (Auto.name, ReverseOverReverse.name, Streamed.name)
 
 
 class CurvatureOfRisk(Operator):
@@ -133,16 +133,18 @@ class CurvatureOfRisk(Operator):
 
     def _divided_sum_over(self, batches: Sequence[int], V: Vectors, divided: Division) -> Vectors:
         """The same on divided ones: every block's part is gathered when its turn comes, and its sum goes where it belongs."""
-        sums = self.space.sums(vectors.count(V), self.sum_dtype).complete()
+        count = vectors.count(V)
+        sums, columns = self.space.sums(count, self.sum_dtype).complete(), self.comm.columns(count)
         whole, of = ({name: x for name, x in X.items() if name not in divided.rows} for X in (sums, V))
-        mine = [b for b in batches if b in set(self._parts.mine)]
+        mine = set(self._parts.mine_of_columns(count))
+        V_own, sums_own = (vectors.columns(X, columns.start, columns.stop) for X in (V, sums))
         with (
-            divided.exchanged(V, sums, self._parts.outside) as (V_brought, into, give_rest),
+            divided.exchanged(V_own, sums_own, self._parts.outside) as (V_brought, into, give_rest),
             self.comm.summed(whole, of=of) as own,
             self._parts.held(),
             multiplying(self.precision),
         ):
-            self._add_products(mine, V_brought, into, own)
+            self._add_products([b for b in batches if b in mine], V_brought, into, own)
             give_rest()
         divided.exchange.total_of_replicas([sums[name] for name in divided.rows])
         self._note(own)
@@ -338,7 +340,7 @@ class CurvatureOfRisk(Operator):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        return torch.float64 if self.precision == "float32" else self.dtype
+        return sum_dtype(self.precision, self.dtype)
 
     def product_error(self, seed: int = 0) -> ProductError:
         self._make_room()
@@ -504,13 +506,18 @@ def own_space(problem: object, space: object) -> Space:
     return space
 
 
+def sum_dtype(precision: str | None, dtype: torch.dtype) -> torch.dtype:
+    """In which products of batches are summed."""
+    return torch.float64 if precision == "float32" else dtype
+
+
 def own_precision(precision: str | None, problem: Problem, engine: str) -> str | None:
     """The precision that was asked for, known to mean something for these weights, there, and with that engine."""
     weights = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
     found = resolve_precision(precision, weights, problem.device)
-    if found == "bfloat16" and engine not in _APART:
+    if found == "bfloat16" and engine not in APART:
         raise HesscopeError(
-            f"Expected engine to be {', '.join(_APART[:-1])} or {_APART[-1]} with precision='bfloat16', got {engine!r}: its passes "
+            f"Expected engine to be {', '.join(APART[:-1])} or {APART[-1]} with precision='bfloat16', got {engine!r}: its passes "
             "mix what is linear in the vectors with what is not."
         )
     return found

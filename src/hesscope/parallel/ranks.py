@@ -64,7 +64,7 @@ class Ranks(Communicator):
         self._watch.close()
 
     def join(self, exchange: Exchange) -> None:
-        """Raises HesscopeError for ranks that are not those of the weights, or groups of them that divide vectors."""
+        """Raises HesscopeError for ranks that are not those of the weights, or groups of them that are not their replicas."""
         of = dist.get_process_group_ranks(exchange.group)
         ours = dist.get_process_group_ranks(self._group or dist.group.WORLD)
         copies = 1 if exchange.replicas is None else dist.get_world_size(exchange.replicas)
@@ -73,10 +73,12 @@ class Ranks(Communicator):
                 f"Expected the weights to be divided among all {len(ours)} ranks of the group, they are among {len(of)}"
                 f"{f', {copies} times over' if copies > 1 else ''}; give hs.data_parallel the group of the device mesh."
             )
-        if self.probe_groups > 1:
+        size = self.ranks // self.probe_groups
+        if self.probe_groups > 1 and of != ours[self.rank // size * size :][:size]:
             raise HesscopeError(
-                "Expected no probe_groups with a model whose weights are divided: its ranks gather every block together; "
-                "leave them out."
+                f"Expected probe_groups to be the replicas of the divided weights, got {self.probe_groups} groups and "
+                f"{copies} replica{'s' * (copies > 1)}: divide the weights on a mesh of {self.probe_groups} x {size} (replicas, "
+                "shards; --layout hsdp), or leave the groups out."
             )
         self._exchange = exchange
         exchange.wait, exchange.failed = self._wait, self._out_of_step

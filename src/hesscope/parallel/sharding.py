@@ -42,15 +42,15 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Mo
     return model
 
 
-def mesh_of(layout: str, device: str, ranks_per_node: int) -> DeviceMesh:
-    """All ranks in one dimension for "fsdp"; (nodes, ranks of a node) for "hsdp"."""
+def mesh_of(layout: str, device: str, ranks_per_node: int, probe_groups: int = 1) -> DeviceMesh:
+    """All ranks in one dimension for "fsdp"; (replicas, shards) for "hsdp": a replica a probe group, or a node where there are none."""
     ranks = dist.get_world_size()
     if layout == "fsdp":
         return init_device_mesh(device, (ranks,))
-    if ranks % ranks_per_node or not 1 < ranks_per_node < ranks:
+    shards = ranks // probe_groups if probe_groups > 1 else ranks_per_node
+    if ranks % shards or not 1 < shards < ranks:
         raise HesscopeError(
-            f"Expected several nodes of several ranks each with --layout hsdp, got {ranks} ranks, {ranks_per_node} on this "
-            "node; use --layout fsdp."
+            f"Expected several nodes, or --probe-groups, of several ranks each with --layout hsdp, got {ranks} ranks, {shards} in "
+            "each; use --layout fsdp."
         )
-    shape = ranks // ranks_per_node, ranks_per_node
-    return init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards"))
+    return init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=("replicas", "shards"))

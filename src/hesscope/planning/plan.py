@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from hesscope.algorithms.driver import versions
+from hesscope.arithmetic import in_words, multiplying
 from hesscope.engines import ENGINES, Engine, make_engine, make_output_engine
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, elements, largest_batch
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes, memory_limit, parse_bytes
 from hesscope.models import is_shadow, offloaded
 from hesscope.operators.output_hessian import output_hessian
-from hesscope.operators.risk import own_space
+from hesscope.operators.risk import APART, own_precision, own_space, sum_dtype
 from hesscope.planning.extrapolation import extrapolated
 from hesscope.planning.fitting import Room, largest_batch_size, largest_length, largest_vectors
 from hesscope.planning.speed import Rates, Trial, measure_rates, trial
@@ -48,6 +49,7 @@ def plan(
     engines: Sequence[str] | None = None,
     memory: int | str | None = None,
     measure: bool = True,
+    precision: str | None = None,
 ) -> Plan:
     """Memory and time of a computation with every engine, predicted before anything heavy is run, and what would fit.
 
@@ -64,6 +66,7 @@ def plan(
         engines: names of some; all by default.
         memory: plan for so much in place of what is free here, the model included: bytes, or text such as "8GB".
         measure: run the short sequence. Without it, or where it does not fit, seconds are those of the rates alone.
+        precision: of the products, as for `hesscope.hessian`.
 
     Raises:
         HesscopeError: an unknown operator, computation or engine; a model that asks for numbers as it runs, such as which
@@ -78,6 +81,7 @@ def plan(
     """
     began = time.perf_counter()
     space = own_space(problem, space)
+    precision, engines = _own_precision(precision, problem, engines)
     makers = _makers(operator, engines)
     if what not in WHAT:
         raise HesscopeError(f"Expected what to be one of {', '.join(WHAT)}, got {what!r}.")
@@ -85,39 +89,45 @@ def plan(
     device = torch.device("cpu") if problem.device.type == "meta" else problem.device
     model_bytes = sum(x.nbytes for x in [*problem.model.parameters(), *problem.model.buffers()])
     free = _free(memory, device, model_bytes if problem.device.type == "meta" else 0)
-    runs = DryRuns(problem, space, device)
-    found, rows = _dry(runs, makers, problem, space)
-    rates = measure_rates(device, space.dtype)
-    shape = _shape(problem)
-    measured = _trials(problem, space, makers, found, rates, shape) if measure and not is_shadow(problem.model) else {}
-    for name, product in found.items():
-        rows[name] = _row(
-            product,
-            _with_graphs(runs, makers[name], product, free, len(problem.batches)),
-            free,
-            rates,
-            measured.get(name),
-            shape["passes"],
-            wanted,
-            len(problem.batches),
+    runs = DryRuns(problem, space, device, sum_dtype(precision, space.dtype))
+    shape, batches = _shape(problem), len(problem.batches)
+    with multiplying(precision):
+        found, rows = _dry(runs, makers, problem, space)
+        rates = measure_rates(device, space.dtype)
+        measured = (
+            _trials(problem, space, makers, found, rates, shape) if measure and not is_shadow(problem.model) else {}
         )
-    chosen = _chosen({"streamed": rows["streamed"]} if offloaded(problem.model) and "streamed" in rows else rows)
+        for name, product in found.items():
+            peak = _with_graphs(runs, makers[name], product, free, batches)
+            rows[name] = _row(product, peak, free, rates, measured.get(name), shape["passes"], wanted, batches)
+        chosen = _chosen({"streamed": rows["streamed"]} if offloaded(problem.model) and "streamed" in rows else rows)
+        would_fit = _would_fit(runs, makers, chosen or _smallest(rows), rows, free, space)
     return Plan(
         products=0,
         units=0.0,
         seconds=time.perf_counter() - began,
-        provenance=_provenance(problem, space, operator),
+        provenance=_provenance(problem, space, operator, precision),
         engines=rows,
         chosen=chosen,
-        what=f"{what} of the {operator}",
+        what=f"{what} of the {operator}" + (f", precision {precision}" if precision else ""),
         wanted_products=wanted,
         memory=free,
         model_bytes=model_bytes,
         vector_bytes=space.size * space.dtype.itemsize,
         shape=shape,
-        would_fit=_would_fit(runs, makers, chosen or _smallest(rows), rows, free, space),
+        would_fit=would_fit,
         basis_of_time=_basis_of_time(found, measured),
     )
+
+
+def _own_precision(
+    precision: str | None, problem: Problem, engines: Sequence[str] | None
+) -> tuple[str | None, Sequence[str] | None]:
+    """The precision and the engines that have it."""
+    found = None
+    for engine in engines or ["auto"]:
+        found = own_precision(precision, problem, engine)
+    return found, engines or (APART if found == "bfloat16" else None)
 
 
 def _makers(operator: str, engines: Sequence[str] | None) -> dict[str, Callable[[], Engine]]:
@@ -281,7 +291,7 @@ def _basis_of_time(found: dict[str, DryProduct], measured: dict[str, Trial]) -> 
     return f"scaled from a product on a short sequence{rest}"
 
 
-def _provenance(problem: Problem, space: Space, operator: str) -> dict[str, Any]:
+def _provenance(problem: Problem, space: Space, operator: str, precision: str | None) -> dict[str, Any]:
     described = {
         "model": type(problem.model).__name__,
         "loss": type(problem.loss).__name__,
@@ -290,7 +300,7 @@ def _provenance(problem: Problem, space: Space, operator: str) -> dict[str, Any]
     return {
         "problem": {**described, "batches": len(problem.batches), "terms": problem.N, **problem.source},
         "selection": space.describe(),
-        "operator": {"operator": operator},
+        "operator": {"operator": operator, "precision": in_words(precision, problem.device)},
         "options": {},
         "versions": versions(),
     }

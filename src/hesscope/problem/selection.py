@@ -87,7 +87,7 @@ def select(
 
 def _beside(model: nn.Module, c: Coordinates) -> Coordinates:
     """Vectors of an offloaded weight rest on the CPU, beside it; those of a whole weight that is divided are divided with it."""
-    if (spread := sharded(model)) is not None and c.name in spread and c.index is None:
+    if (spread := sharded(model)) is not None and c.name in spread and c.index is None and c.parameter_shape:
         exchange = spread.exchange
         own = own_rows(c.parameter_shape[0], exchange.rank, exchange.size)
         return dataclasses.replace(c, rows=Rows(exchange, own.start, own.stop))

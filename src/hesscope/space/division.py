@@ -142,19 +142,31 @@ class Division:
 
 
 def local_part(c: Coordinates, part: Tensor) -> Tensor:
-    """The rows that are here of one vector's part, given whole or as a DTensor that is divided likewise."""
+    """The rows that are here of one vector's part, given whole or as a DTensor."""
     if hasattr(part, "to_local"):
         with torch.no_grad():
-            local: Tensor = part.to_local()
-        return local if c.rows is not None else part.full_tensor()  # type: ignore[attr-defined]
+            if c.rows is not None and _by_rows(part) == tuple(part.placements):  # type: ignore[attr-defined]
+                local: Tensor = part.to_local()
+                return local
+            part = part.full_tensor()  # type: ignore[attr-defined]
     return part if c.rows is None else part[c.rows.start : c.rows.stop]
 
 
 def as_dtensor(like: Tensor, local: Tensor) -> Tensor:
-    """A DTensor placed as another one, from the rows that are here."""
+    """A DTensor placed as another one, from the rows that are here; every process takes part."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    made = DTensor.from_local(
+        local, like.device_mesh, _by_rows(like), run_check=False, shape=like.shape, stride=like.stride()
     )
+    return made.redistribute(placements=like.placements)
+
+
+def _by_rows(like: Any) -> tuple[Any, ...]:
+    """Placements that divide rows among the processes that a DTensor is divided among."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    divided = [i for i, place in enumerate(like.placements) if isinstance(place, Shard)]
+    at = divided[0] if divided else len(like.placements) - 1
+    return tuple(Shard(0) if i == at else Replicate() for i in range(len(like.placements)))

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Entries that are summed in the vectors' own dtype: products by matrix multiplication, which sums in many places, and
-#: norms, which torch sums one by one.
-_PIECE, _NORM_PIECE = 2**15, 2**12
+#: Entries that are summed in the vectors' own dtype. Some matrix multiplications sum one by one, as torch's norms do.
+_PIECE = 2**11
 
 
 def products(u_Kn: Tensor, v_Ln: Tensor) -> Tensor:
@@ -26,8 +25,8 @@ def products(u_Kn: Tensor, v_Ln: Tensor) -> Tensor:
 def squares(v_Kn: Tensor) -> Tensor:
     """Squared norms of rows, [K] float64."""
     n = v_Kn.shape[1]
-    whole = n - n % _NORM_PIECE
-    pieces_KP = torch.linalg.vector_norm(v_Kn[:, :whole].reshape(len(v_Kn), whole // _NORM_PIECE, _NORM_PIECE), dim=2)
+    whole = n - n % _PIECE
+    pieces_KP = torch.linalg.vector_norm(v_Kn[:, :whole].reshape(len(v_Kn), whole // _PIECE, _PIECE), dim=2)
     rest_K = torch.linalg.vector_norm(v_Kn[:, whole:], dim=1)
     total: Tensor = pieces_KP.double().square().sum(1) + rest_K.double().square()
     return total
