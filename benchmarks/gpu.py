@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --device cpu --small       every line, on the CPU with tiny models and kernels interpreted
 
 Random weights, one batch of random tokens: 4 sequences of 1024, or as many as fit. Every side runs in a fresh process; memory
-is the allocator's, above the loaded model. hessian-eigenthings takes part where it is installed.
+is the allocator's, above the loaded model. hessian-eigenthings takes part where it is installed. Several devices also run the layouts.
 """
 
 from __future__ import annotations
@@ -289,6 +289,7 @@ def main() -> int:
         found["tests"] = device_tests(arguments)
     found["kernels"] = kernels(arguments)
     found["products"] = table(arguments)
+    found["layouts"] = layouts(arguments)
     packages = ["hesscope", "torch", "transformers"]
     packages += [p for p in ("triton", "hessian-eigenthings") if importlib.util.find_spec(p.replace("-", "_"))]
     path = write_record(arguments.name, found, packages)
@@ -330,6 +331,54 @@ def kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['gap']:10.1e}",
             flush=True,
         )
+    return found
+
+
+def layouts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Streamed products, batches and weights divided among all devices (on a CPU, two processes); prints a line for each."""
+    ranks = 2 if arguments.small else torch.cuda.device_count()
+    if ranks < 2:
+        print("\nlayouts: one device only")
+        return []
+    print(
+        f"\n{'layout':8s}{'ranks':>6s}  {'model':6s}{'first s':>10s}{'further s':>11s}{'of one':>8s}{'peak GB':>9s}{'differs':>10s}"
+    )
+    rows: list[dict[str, Any]] = []
+    for model in arguments.models:
+        one: dict[str, Any] = {}
+        for layout in ("one", "data", "fsdp", *(("hsdp",) if ranks >= 4 and ranks % 2 == 0 else ())):
+            row = {
+                "model": model,
+                "layout": layout,
+                "ranks": 1 if layout == "one" else ranks,
+                **one_layout(arguments, model, layout, ranks),
+            }
+            one = row if layout == "one" else one
+            rows.append(row)
+            head = f"{layout:8s}{row['ranks']:6d}  {model:6s}"
+            if "further" not in row:
+                print(f"{head}  {row['remark']}", flush=True)
+                continue
+            ratio = f"{row['further'] / one['further']:.2f}" if "further" in one else ""
+            gap = f"{abs(row['form'] / one['form'] - 1):.1e}" if "form" in one else ""
+            print(
+                f"{head}{row['first']:10.3f}{row['further']:11.3f}{ratio:>8s}{row['peak'] / 1e9:9.2f}{gap:>10s}",
+                flush=True,
+            )
+    return rows
+
+
+def one_layout(arguments: argparse.Namespace, model: str, layout: str, ranks: int) -> dict[str, Any]:
+    """Figures of one layout, in processes of its own."""
+    script = str(Path(__file__).with_name("gpu_layouts.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *([] if layout == "one" else launcher), script, "--model", model, "--layout", layout]
+    command += ["--device", arguments.device, "--batches", str(ranks), *(["--small"] if arguments.small else [])]
+    command += ["--batch", *map(str, SMALL_BATCHES[0] if arguments.small else BATCHES[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {"remark": (done.stderr.strip().splitlines() or ["failed"])[-1][:300]}
+    found: dict[str, Any] = json.loads(next(x for x in reversed(done.stdout.splitlines()) if x.startswith("{")))
     return found
 
 

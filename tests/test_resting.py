@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,8 +54,42 @@ def test_products_are_the_same_and_files_go(name: str, temporary: Path) -> None:
     assert not list(temporary.rglob("hesscope-*"))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_vectors_rest_on_disk(name: str, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers; sums of products, the Lanczos vectors and the basis are files, and go with the run."""
+    made: list[int] = []
+    whole = torch.from_file
+
+    def watched(path: str, **how: Any) -> torch.Tensor:
+        made.append(Path(path).stat().st_size)
+        return whole(path, **how)  # type: ignore[no-any-return]
+
+    usual, on_disk = (hs.causal_lm(tiny(name), ragged_batches(), vectors=place) for place in ("device", "disk"))
+    A, B = hs.hessian(usual, engine="streamed"), hs.hessian(on_disk)
+    v = A.space.gaussian(0, [0])
+    expected = A.space.flatten(A.matmat(v))
+    monkeypatch.setattr(torch, "from_file", watched)
+    assert relative(B.space.flatten(B.matmat(v)), expected) == 0.0
+    assert made[-1] == 8 * B.space.size  # one file for the sum
+    assert B.describe()["engine_choice"] == "streamed: the problem's vectors rest elsewhere"
+    before = len(made)
+    ours, theirs = hs.lanczos(B, 3, basis_folder=temporary), hs.lanczos(A, 3)
+    assert torch.equal(ours.T, theirs.T)
+    assert len(made) - before == 3 * len(B.space.coordinates) + 3  # start, unit start, basis; and a sum a step
+    part = hs.select(on_disk, {A.space.names[0]: [0, 2, 5]})
+    torch.testing.assert_close(
+        hs.block(hs.hessian(on_disk, part)).matrix,
+        hs.block(hs.hessian(usual, hs.select(usual, {A.space.names[0]: [0, 2, 5]}))).matrix,
+    )
+    del B, ours
+    gc.collect()
+    assert not list(temporary.rglob(".hesscope-*"))
+
+
 def test_an_unknown_place_is_refused() -> None:
     with pytest.raises(
         hs.HesscopeError, match="Expected borders to be device, cpu, disk or a folder that exists, got 'gpu'"
     ):
         hs.causal_lm(tiny("gpt2"), ragged_batches(), borders="gpu")
+    with pytest.raises(hs.HesscopeError, match="Expected vectors to be device, cpu, disk or a folder that exists"):
+        hs.causal_lm(tiny("gpt2"), ragged_batches(), vectors="nowhere")

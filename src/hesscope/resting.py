@@ -1,7 +1,9 @@
-"""Tensors that wait for their turn, such as hidden states at the borders of blocks: on their device, in the CPU's memory, or on disk, and back when their block's turn comes."""
+"""Tensors that wait for their turn, such as hidden states at the borders of blocks: on their device, in the CPU's memory, or on disk, and back when their block's turn comes. Vectors are mapped from disk instead."""
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import tempfile
 import weakref
@@ -10,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
@@ -18,10 +21,31 @@ from hesscope.errors import HesscopeError
 PLACES = ("device", "cpu", "disk")
 
 
-def require_place(place: str | Path) -> None:
+def require_place(what: str, place: str | Path) -> None:
     """Raise HesscopeError for a place that is none of `PLACES` and no folder."""
     if place not in PLACES and not Path(place).is_dir():
-        raise HesscopeError(f"Expected borders to be {', '.join(PLACES)} or a folder that exists, got {str(place)!r}.")
+        raise HesscopeError(f"Expected {what} to be {', '.join(PLACES)} or a folder that exists, got {str(place)!r}.")
+
+
+def folder_of(place: str | Path) -> Path | None:
+    """Where files of a place go; None where there are none."""
+    if place in ("device", "cpu"):
+        return None
+    return Path(tempfile.gettempdir()) if place == "disk" else Path(place)
+
+
+def mapped(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in a file without a name: the system removes it with the last use, however the process ends."""
+    size = math.prod(shape)
+    if size == 0:
+        return torch.zeros(*shape, dtype=dtype)
+    number, name = tempfile.mkstemp(prefix=".hesscope-vectors-", dir=folder)
+    try:
+        os.ftruncate(number, size * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(*shape)
+    finally:
+        os.close(number)
+        os.unlink(name)
 
 
 class Rest:

@@ -83,6 +83,15 @@ RUNS: dict[str, Run] = {
     },
     "trace, exact": of_part(lambda A: torch.tensor(hs.trace(A, "exact").estimate)),
     "diagonal, exact": of_part(lambda A: hs.diagonal(A, "exact").flat()),
+    "vectors on the CPU": lambda p, part: (
+        hs.hessian(resting(p), hs.select(resting(p), part)) @ vectors(hs.select(p, part)).cpu()
+    ),
+    "vectors on the CPU, kept graphs": lambda p, part: (
+        hs.eigs(hs.hessian(resting(p), engine="reverse-over-reverse"), k=1).eigenvalues
+    ),
+    "vectors on the CPU, ggn": lambda p, part: (
+        hs.ggn(resting(p), hs.select(resting(p), part)) @ vectors(hs.select(p, part)).cpu()
+    ),
     "perplexity": lambda p, part: (
         hs.hessian(p.related(objective="perplexity"), hs.select(p, part)) @ vectors(hs.select(p, part))
     ),
@@ -92,8 +101,13 @@ RUNS: dict[str, Run] = {
 }
 
 
+def resting(problem: hs.Problem) -> hs.Problem:
+    """The problem with vectors on the CPU."""
+    return hs.Problem(problem.model, problem.loss, problem.batches, vectors="cpu")
+
+
 #: A quick look.
-FEW = ("ggn, streamed", "fisher", "eigs", "diagonal, per-sequence")
+FEW = ("ggn, streamed", "fisher", "vectors on the CPU, ggn", "eigs", "diagonal, per-sequence")
 
 
 def product_of(space: hs.Space, problem: hs.Problem) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes
+from hesscope.resting import mapped
 from hesscope.space import Space, Vectors, vectors
 
 _GROWTH = 1.5
@@ -185,24 +185,12 @@ class Basis:
         dtype = self._home.dtype or self._space.dtype
         if self._home.folder is None:
             return torch.empty(rows, *shape, dtype=dtype, device=self._home.device or device)
-        return _mapped(self._home.folder, (rows, *shape), dtype)
+        return mapped(self._home.folder, (rows, *shape), dtype)
 
 
 def _flat(x: Tensor) -> Tensor:
     """Vectors' parts as rows of a matrix; a part may be empty."""
     return x.view(len(x), math.prod(x.shape[1:]))
-
-
-def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in a file without a name: the system removes it with the last use, however the process ends."""
-    number, name = tempfile.mkstemp(prefix=".hesscope-basis-", dir=folder)
-    try:
-        size = math.prod(shape)
-        os.ftruncate(number, size * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
-    finally:
-        os.close(number)
-        os.unlink(name)
 
 
 def _narrow(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -102,7 +102,8 @@ class Krylov:
         beta = float(self._H.space.norms(w))
         if beta > self._negligible():
             self.betas.append(beta)
-            self._next = self._unit(w)
+            vectors.scale_(w, 1.0 / beta)
+            self._next = w
             return
         self.betas.append(0.0)
         self.ended = self.m == self._H.space.size or not self._restart
@@ -197,4 +198,4 @@ class Krylov:
         return max(10 * eps * scale, 100 * eps * math.hypot(self.alphas[-1], before))
 
     def _unit(self, w: Vectors) -> Vectors:
-        return vectors.scale(w, 1.0 / float(self._H.space.norms(w)))
+        return self._H.space.combine(w, 1.0 / self._H.space.norms(w)[:, None])

@@ -44,6 +44,7 @@ class CommonOptions:
     device: Annotated[str | None, _option("--device", panel=_PROBLEM, help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None  # fmt: skip
     device_map: Annotated[str | None, _option("--device-map", panel=_PROBLEM, help="auto: spread over devices, the CPU and disk what one device cannot hold; disk: everything. Needs accelerate.")] = None  # fmt: skip
     offload_folder: Annotated[str | None, _option("--offload-folder", panel=_PROBLEM, help="Folder for weights that rest on disk.")] = None  # fmt: skip
+    vectors: Annotated[str, _option("--vectors", panel=_PROBLEM, help="Where vectors of products rest: device, cpu, disk or a folder.")] = "device"  # fmt: skip
     borders: Annotated[str, _option("--borders", panel=_PROBLEM, help="Where --engine streamed leaves hidden states between blocks: device, cpu, disk or a folder.")] = "device"  # fmt: skip
     objective: Annotated[str, _option("--objective", panel=_PROBLEM, help="nll: mean loss R in nats; perplexity: exp(R).")] = "nll"  # fmt: skip
     loss: Annotated[str, _option("--loss", panel=_PROBLEM, help="next_token; classification: the last token of each sequence only; regression: squared error of logits and one-hot next tokens.")] = "next_token"  # fmt: skip

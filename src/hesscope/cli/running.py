@@ -41,6 +41,7 @@ _PROBLEM_FIELDS = (
         "device_map",
         "offload_folder",
         "borders",
+        "vectors",
     ),
     *("split", "data_config", "text_column", "pack", "objective", "loss", "dropout", "seed", "attention"),
 )

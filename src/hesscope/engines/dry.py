@@ -62,7 +62,7 @@ class DryRuns:
     ) -> None:
         self.device, self._sum_dtype = device or problem.device, sum_dtype
         self.problem = shadow_problem(problem.subset([largest_batch(problem)]))
-        self.space = Space([replace(c, device=META) for c in space.coordinates])
+        self.space = Space([replace(c, device=META, folder=None) for c in space.coordinates])
         self._shadow = Shadow()
 
     def with_batch(self, batch: Any) -> DryRuns:

@@ -106,7 +106,7 @@ class _GradientGraph(Linearization):
     def add_product(self, V: Vectors, into: Vectors, last: bool = False) -> None:
         count = vectors.count(V)
         for k in range(count if self._curved else 0):
-            seeds = [c.scatter(V[c.name][k]).to(dtype) for c, _, dtype in self._curved]
+            seeds = [c.scatter(V[c.name][k]).to(self._leaves[c.name].device, dtype) for c, _, dtype in self._curved]
             with missing_derivatives_in_words(), linear_passes():
                 columns = list(
                     torch.autograd.grad(
@@ -120,7 +120,7 @@ class _GradientGraph(Linearization):
             for c in reversed(self._space.coordinates):
                 column = columns.pop()  # which goes as the sum grows
                 if column is not None:
-                    into[c.name][k] += c.gather(column)
+                    into[c.name][k] += c.gather(column).to(c.device)
 
 
 def require_second_derivative(gradients: Sequence[Tensor | None], instead: str = INSTEAD) -> None:

@@ -95,7 +95,7 @@ class _OutputGraph(Linearization):
         for k in range(count if len(self.unused) < len(self._leaves) else 0):
             retain_graph = not (last and k == count - 1)
             own = {
-                c.name: c.scatter(V[c.name][k]).to(c.dtype)
+                c.name: c.scatter(V[c.name][k]).to(self._leaves[c.name].device, c.dtype)
                 for c in self._space.coordinates
                 if c.name in self._tail.names
             }
@@ -115,7 +115,7 @@ class _OutputGraph(Linearization):
             (Jv,) = torch.autograd.grad(
                 [w for _, w, _ in used],
                 [self._u],
-                [c.scatter(V[c.name][k]).to(p.dtype) for c, _, p in used],
+                [c.scatter(V[c.name][k]).to(p.device, p.dtype) for c, _, p in used],
                 retain_graph=retain_graph,
                 materialize_grads=True,
             )
@@ -137,7 +137,7 @@ class _OutputGraph(Linearization):
     def _add(self, parts: dict[str, Tensor], into: Vectors, k: int) -> None:
         for c in self._space.coordinates:
             if c.name in parts:
-                into[c.name][k] += c.gather(parts[c.name])
+                into[c.name][k] += c.gather(parts[c.name]).to(c.device)
 
 
 @dataclass(frozen=True)

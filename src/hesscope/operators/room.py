@@ -18,6 +18,8 @@ from hesscope.space import Space
 
 #: A problem whose rough estimate is below this share of what is free is not looked at any closer.
 _PLENTY = 0.25
+#: Engines whose vectors may be on another device than the model.
+_ACROSS = ("streamed", "reverse-over-reverse")
 
 
 def make_room(
@@ -34,7 +36,15 @@ def make_room(
         return engine, None
     if elsewhere(problem.model) is not None:
         reason = "divided among processes" if sharded(problem.model) is not None else "offloaded"
-        return _for_elsewhere(engine, streamed, reason), None
+        return _for_elsewhere(engine, streamed, f"the model's weights are {reason}"), None
+    if problem.vectors != "device":
+        engine = _for_elsewhere(engine, streamed, "the problem's vectors rest elsewhere")
+        if problem.device.type != "cpu" and name_of(engine) not in _ACROSS:
+            raise HesscopeError(
+                f"Expected engine auto or {' or '.join(_ACROSS)} for vectors on the CPU of a model on {problem.device}, got "
+                f"{name_of(engine)!r}."
+            )
+        return engine, None
     if is_unlimited():
         return engine, None
     available = available_bytes(problem.device)
@@ -70,7 +80,7 @@ def _for_elsewhere(engine: Engine, streamed: Callable[[], Engine], reason: str) 
         return engine
     other = streamed()
     if isinstance(engine, Auto):
-        engine.settle(other, f"the model's weights are {reason}")
+        engine.settle(other, reason)
         return engine
     return other
 

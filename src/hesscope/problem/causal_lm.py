@@ -51,6 +51,7 @@ def causal_lm(
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | Path | None = None,
     borders: str | Path = "device",
+    vectors: str | Path = "device",
 ) -> Problem:
     """The next-token loss of a causal language model on frozen text.
 
@@ -76,7 +77,7 @@ def causal_lm(
         device_map: where hesscope loads the model, the places of its parts, as `from_pretrained` takes them: "auto" (what one
             device cannot hold goes to others, to the CPU and to disk), "disk", or a dictionary.
         offload_folder: a folder for weights that rest on disk.
-        borders: "device", "cpu", "disk" or a folder, as for `hesscope.Problem`.
+        borders, vectors: "device", "cpu", "disk" or a folder, as for `hesscope.Problem`.
         loss: "next_token", R as above; "classification", the same for the last valid token of each sequence only, one
             example a sequence; "regression", the mean over tokens and vocabulary of the squared difference between the
             logits and the one-hot next token.
@@ -123,6 +124,7 @@ def causal_lm(
         seed=seed,
         attention=attention,
         borders=borders,
+        vectors=vectors,
         source=describe_source(loaded, name, encode, source.name, window),
     )
 
@@ -138,6 +140,7 @@ def with_loss(problem: Problem, loss: str, objective: str = "nll") -> Problem:
         seed=problem.seed,
         attention=problem.attention,
         borders=problem.borders,
+        vectors=problem.vectors,
         source=problem.source,
     )
     other.comm = problem.comm

@@ -57,6 +57,8 @@ class Problem:
             tiles from 1024 positions on, where the model runs them, and otherwise the model's own or what stands for it.
         borders: where hidden states between blocks rest with engine="streamed" while another block's turn is: "device", "cpu",
             "disk" (a temporary folder) or a folder; files go when they are no longer needed.
+        vectors: where products' vectors over a selection of this problem rest: likewise; on disk they are mapped into memory. Where
+            that is not the model's device, products are the streamed engine's.
 
     Raises:
         HesscopeError: no batches, a mean without `count`, parameters on several devices, active dropout, an attention that
@@ -76,6 +78,7 @@ class Problem:
         source: dict[str, Any] | None = None,
         attention: str | Choice = "auto",
         borders: str | Path = "device",
+        vectors: str | Path = "device",
     ) -> None:
         _require_choice("objective", objective, OBJECTIVES)
         _require_choice("dropout", dropout, DROPOUTS)
@@ -86,8 +89,9 @@ class Problem:
         self.model = model
         self.loss = _as_loss(loss, count)
         self.batches = freeze(batches)
-        require_place(borders)
-        self.objective, self.borders = objective, borders
+        require_place("borders", borders)
+        require_place("vectors", vectors)
+        self.objective, self.borders, self.vectors = objective, borders, vectors
         self.dropout = dropout
         self.seed = seed
         self.source = dict(source or {})
@@ -295,6 +299,7 @@ class Problem:
             seed=self.seed,
             source=self.source,
             borders=self.borders,
+            vectors=self.vectors,
             attention=self.attention if model is None or type(model) is type(self.model) else self.attention.asked,
         )
         other.comm = self.comm

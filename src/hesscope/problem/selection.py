@@ -15,6 +15,7 @@ from hesscope.problem.layers import Names, find_layers
 from hesscope.problem.numbers import Numbers
 from hesscope.problem.patterns import Pattern, choose
 from hesscope.problem.problem import Problem
+from hesscope.resting import folder_of
 from hesscope.space import Coordinates, Rows, Space
 from hesscope.space.random import stream_key, subset
 
@@ -81,7 +82,7 @@ def select(
             index, place = chosen[name], where[name]
             if index is None and is_cut:
                 index = cut(name, tuple(parameter.shape), place.unit_axis, rows, first)
-            found.append(_beside(model, coordinates(name, parameter, index, place)))
+            found.append(_at_rest(problem, _beside(model, coordinates(name, parameter, index, place))))
     return Space(found if random is None else _subset(found, random, seed))
 
 
@@ -93,6 +94,13 @@ def _beside(model: nn.Module, c: Coordinates) -> Coordinates:
         return dataclasses.replace(c, rows=Rows(exchange, own.start, own.stop))
     store = offloaded(model)
     return c if store is None or c.name not in store else dataclasses.replace(c, device=torch.device("cpu"))
+
+
+def _at_rest(problem: Problem | nn.Module, c: Coordinates) -> Coordinates:
+    """Where the problem has its vectors rest."""
+    if not isinstance(problem, Problem) or problem.vectors == "device":
+        return c
+    return dataclasses.replace(c, device=torch.device("cpu"), folder=folder_of(problem.vectors))
 
 
 def _subset(whole: list[Coordinates], count: int, seed: int) -> list[Coordinates]:

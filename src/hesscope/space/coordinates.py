@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class Coordinates:
     list of m flat indices. `block` counts the blocks of a model's trunk and is None outside it; `layer` is the name
     inside the block, or in full outside it, without `.weight` (`mlp.up_proj`, `lm_head`); `unit_axis` is the axis of the
     parameter's output units: 0 for `nn.Linear`, 1 for a `Conv1D`, 1 or 2 for experts stacked along axis 0. Of a whole parameter
-    that is divided among processes, `rows` are the coordinates that are here.
+    that is divided among processes, `rows` are the coordinates that are here. With a `folder` parts of new vectors are in files there,
+    mapped into memory.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Coordinates:
     layer: str | None = None
     unit_axis: int = 0
     rows: Rows | None = None
+    folder: Path | None = None
 
     @property
     def whole(self) -> Coordinates:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
+from hesscope.resting import mapped
 from hesscope.space import random, sums, vectors
 from hesscope.space.coordinates import Coordinates
 from hesscope.space.division import Division, as_dtensor, local_part
@@ -191,10 +192,17 @@ class Space:
         by_name = {c.name: c for c in self.coordinates}
         if count != 1 or self.divided is not None or any(c.device != self.device for c in self.coordinates):
             return Sums(by_name, lambda name: self._zeros(by_name[name], count, dtype))
-        flat = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
+        folder, dtype = self.coordinates[0].folder, dtype or self.dtype
+        flat = (
+            torch.empty(self.size, dtype=dtype, device=self.device)
+            if folder is None
+            else mapped(folder, (self.size,), dtype)
+        )
         return Sums(by_name, lambda name: flat[self.slices[name]].zero_().view(1, *by_name[name].shape))
 
     def _zeros(self, c: Coordinates, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        if c.folder is not None:
+            return mapped(c.folder, (count, *c.shape), dtype or self.dtype)
         return torch.zeros(count, *c.shape, dtype=dtype or self.dtype, device=c.device)
 
     def _joined(self, V: Vectors) -> Tensor | None:
@@ -263,12 +271,17 @@ class Space:
         return self._fill(part)
 
     def _fill(self, part: Callable[[Coordinates], Tensor]) -> Vectors:
-        return {c.name: part(c) for c in self.coordinates}
+        return {c.name: _at_rest(c, part(c)) for c in self.coordinates}
 
 
 def _rows(c: Coordinates, V: Vectors) -> Tensor:
     """One parameter's part of V as a matrix, [K, size]; a scalar parameter's part has no axis to flatten."""
     return V[c.name].reshape(len(V[c.name]), c.size)
+
+
+def _at_rest(c: Coordinates, part: Tensor) -> Tensor:
+    """Vectors' part where the coordinates have it rest."""
+    return part if c.folder is None else mapped(c.folder, part.shape, part.dtype).copy_(part)
 
 
 def flat_space(size: int, dtype: torch.dtype, device: torch.device) -> Space:
