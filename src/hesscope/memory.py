@@ -24,6 +24,7 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_STANDS_FOR: ContextVar[str] = ContextVar("stands for", default="meta")
 _LIMIT: ContextVar[int | None] = ContextVar("limit", default=None)
 #: A limit that nothing exceeds.
 UNLIMITED = 2**62
@@ -74,6 +75,21 @@ def available_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def shapes_for(device: torch.device) -> Iterator[None]:
+    """Inside, tensors without data stand for some on this device."""
+    token = _STANDS_FOR.set(device.type)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of a device, or of the one that it stands for: chunks have the sizes that they will have there."""
+    return _STANDS_FOR.get() if device.type == "meta" else device.type
 
 
 def _free_on_gpu(device: torch.device) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
@@ -72,3 +74,20 @@ def test_the_model_is_left_alone() -> None:
     hs.plan(hs.causal_lm(model, ragged_batches()), measure=False)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_a_dry_run_cuts_logits_into_the_chunks_that_there_will_be() -> None:
+    """A chunk has more tokens on a GPU; a tensor without data has no device to tell."""
+    ids = torch.randint(0, 4096, (2, 512), generator=torch.Generator().manual_seed(0))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=4096, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    problem = hs.causal_lm(model.eval(), ids, batch_size=2)
+    space, make = hs.select(problem), partial(make_engine, "reverse-over-reverse")
+    real, V = Meter(), hs.select(problem).zeros()
+    with real:
+        run_product(make(), problem, space, V, real, checked=False)
+    dry = DryRuns(problem, space).product(make, checked=False, replayed=False)
+    assert dry.peak == pytest.approx(real.peak, rel=0.02)
+    elsewhere = DryRuns(problem, space, torch.device("cuda")).product(make, checked=False, replayed=False)
+    assert elsewhere.peak > 1.2 * dry.peak

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from hesscope.dryrun import META, Meter, Shadow, Work, resident_bytes, shadow_problem
 from hesscope.engines.base import Engine
 from hesscope.errors import HesscopeError, HesscopeWarning
+from hesscope.memory import shapes_for
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 from hesscope.space import vectors as _vectors
@@ -90,7 +91,7 @@ class DryRuns:
             c.name: torch.empty(vectors, *c.shape, dtype=self.space.dtype, device=META) for c in self.space.coordinates
         }
         into = None if result else {name: torch.zeros_like(part) for name, part in V.items()}
-        with warnings.catch_warnings(), in_words():
+        with warnings.catch_warnings(), in_words(), shapes_for(self.device):
             warnings.simplefilter("ignore", HesscopeWarning)
             with meter:
                 found = run_product(engine, self.problem, self.space, V, meter, kept, checked, into, self._sum_dtype)

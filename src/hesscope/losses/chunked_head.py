@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesscope.arithmetic import unrounded
 from hesscope.losses.logits_map import AS_THEY_ARE, LogitsMap, Slope
+from hesscope.memory import kind_of
 
 #: What a chunk of tokens takes beside what comes in and goes out: on a CPU no more than makes products of matrices fast.
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
@@ -41,7 +42,7 @@ class HeadForm:
 
     def most(self, weight: Tensor) -> int:
         """The largest number of tokens of a chunk."""
-        fit = _CHUNK_BYTES.get(weight.device.type, 64 * 2**20) // (_AT_ONCE * len(weight) * max(weight.itemsize, 4))
+        fit = _CHUNK_BYTES.get(kind_of(weight.device), 64 * 2**20) // (_AT_ONCE * len(weight) * max(weight.itemsize, 4))
         return self.rows or max(fit, _LEAST_ROWS)
 
     def keeps(self, T: int, weight: Tensor) -> bool:
