@@ -28,7 +28,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(ranks: int, folder: Path, *programs: str, seconds: float = 300.0) -> list[dict[str, Any]]:
+def run_ranks(ranks: int, folder: Path, *programs: str, seconds: float = 900.0) -> list[dict[str, Any]]:
     """What the programs return on every rank."""
     port = free_port()
     started = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shared_cases import ARCHITECTURES, QUICK, cases, few_cases, grouped_cases, tensor_cases
+from shared_cases import ARCHITECTURES, DIVIDED, QUICK, cases, few_cases, grouped_cases, tensor_cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
@@ -103,7 +103,7 @@ def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def all_sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
     """All cases."""
-    return dict(cases(fully_sharded, ARCHITECTURES))
+    return dict(cases(fully_sharded, DIVIDED))
 
 
 def hybrid(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -171,7 +171,7 @@ def tensor(folder: Path) -> dict[str, Any]:
 
 def all_tensor(folder: Path) -> dict[str, Any]:
     """The same with biases everywhere."""
-    return dict(tensor_cases(tensor_parallel, "phi"))
+    return dict(tensor_cases(tensor_parallel, "phi", more=True))
 
 
 def sharded_facts(folder: Path) -> dict[str, Any]:

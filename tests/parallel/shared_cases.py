@@ -24,6 +24,11 @@ ARCHITECTURES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 #: Fewer for the quick tests: one architecture with everything, one that mixes batches' tokens in experts.
 QUICK = {"gpt2": ARCHITECTURES["gpt2"], "mixtral": (("auto",), ARCHITECTURES["mixtral"][1])}
+#: Divided weights are gathered for all engines alike.
+DIVIDED = {
+    name: (tuple(e for e in engines if e in ("auto", "finite-difference")), linear)
+    for name, (engines, linear) in ARCHITECTURES.items()
+}
 METHODS = ("exact", "hutchinson", "per-sequence", "nystrom", "control-variate", "auto")
 
 
@@ -127,8 +132,8 @@ def few_cases(share: Share) -> Iterator[Case]:
     yield "block of the perplexity", _block(hs.hessian(perplexed, part))
 
 
-def tensor_cases(share: Share, architecture: str) -> Iterator[Case]:
-    """Operators over all weights, over some of everything, and algorithms, of a model of linear layers and biases."""
+def tensor_cases(share: Share, architecture: str, more: bool = False) -> Iterator[Case]:
+    """Operators over all weights, with `more` over some of everything, and algorithms, of a model of linear layers."""
     whole = hs.causal_lm(tiny(architecture), ragged_batches())
     problem = share(whole)
     yield "risk", {"R": torch.tensor(problem.risk())}
@@ -141,7 +146,8 @@ def tensor_cases(share: Share, architecture: str) -> Iterator[Case]:
         "ggn": hs.ggn(problem, everything),
     }.items():
         yield f"all weights: {kind}", {"AV": A @ V}
-    yield from _products("some", problem, ("auto",), "*layers.1.mlp.*.weight")
+    if more:
+        yield from _products("some", problem, ("auto",), "*layers.1.mlp.*.weight")
     pairs = hs.eigs(hs.hessian(problem, hs.select(problem, "*layers.1.mlp.*")), k=2, basis_dtype="float16")
     yield "eigs in a rounded basis", {"values": pairs.eigenvalues}
     yield "diagonal", {"values": hs.diagonal(hs.hessian(problem, hs.select(problem, "*norm*")), "exact").flat()}

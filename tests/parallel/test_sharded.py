@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from launching import run_ranks
 from programs import DENSITY, fully_sharded, sharded_commands
-from shared_cases import ARCHITECTURES, cases, few_cases, tensor_cases
+from shared_cases import DIVIDED, cases, few_cases, tensor_cases
 from test_data_parallel import Found, assert_same_result, differences
 
 import hesscope as hs
@@ -147,8 +147,8 @@ def test_a_layout_needs_ranks(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_every_architecture_on_three_ranks(tmp_path: Path, alone: None) -> None:
-    one = dict(cases(fully_sharded, ARCHITECTURES))
-    assert far_apart(one, dict(cases(lambda problem: problem, ARCHITECTURES))) == []
+    one = dict(cases(fully_sharded, DIVIDED))
+    assert far_apart(one, dict(cases(lambda problem: problem, DIVIDED))) == []
     for found in run_ranks(3, tmp_path, "all_sharded"):
         assert differences(found["all_sharded"], one) == []
 
@@ -163,6 +163,6 @@ def test_twice_among_two_ranks_and_the_replicas_as_groups(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_tensor_parallel_model_with_biases_on_four_ranks(tmp_path: Path) -> None:
-    expected = dict(tensor_cases(lambda problem: problem, "phi"))
+    expected = dict(tensor_cases(lambda problem: problem, "phi", more=True))
     for found in run_ranks(4, tmp_path, "all_tensor"):
         assert far_apart(found["all_tensor"], expected) == []
