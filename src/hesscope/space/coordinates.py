@@ -69,12 +69,13 @@ class Coordinates:
         picked = None if self.index is None else hashlib.sha256(self.index.cpu().numpy().tobytes()).hexdigest()
         return self.name, self.parameter_shape, self.whole.shape, picked
 
-    def flat_indices(self) -> Tensor:
-        """Positions inside the row-major parameter, [size] int64, on the CPU."""
-        if self.rows is not None:
-            inner = math.prod(self.parameter_shape[1:])
-            return torch.arange(self.rows.start * inner, self.rows.stop * inner)
-        return torch.arange(self.size) if self.index is None else self.index
+    def flat_indices(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Positions inside the row-major parameter of all coordinates, or of those from start to stop, int64, on the CPU."""
+        stop = self.size if stop is None else stop
+        if self.index is not None:
+            return self.index[start:stop]
+        before = 0 if self.rows is None else self.rows.start * math.prod(self.parameter_shape[1:])
+        return torch.arange(before + start, before + stop)
 
     def gather(self, whole: Tensor) -> Tensor:
         """Read the selected part out of a tensor of the parameter's shape."""

@@ -21,6 +21,10 @@ from hesscope.space.division import Division, as_dtensor, local_part
 from hesscope.space.vectors import Sums, Vectors
 
 
+#: Numbers of a random vector that are found at once: 64-bit whole numbers on the way take many times their memory.
+_DRAWN_AT_ONCE = 2**18
+
+
 class Space:
     """The real vector space R^n whose coordinates are those of a selection, in the selection's order.
 
@@ -264,11 +268,16 @@ class Space:
 
     def _draw(self, draw: Callable[[int, Tensor], Tensor], seed: int, streams: Sequence[int | str]) -> Vectors:
         def part(c: Coordinates) -> Tensor:
-            indices = c.flat_indices().to(c.device)
-            rows = [draw(random.stream_key(seed, s, c.name), indices).to(self.dtype) for s in streams]
-            return torch.stack(rows).reshape(len(streams), *c.shape)
+            found = self._zeros(c, len(streams))
+            flat_Kn, keys = found.view(len(streams), c.size), [random.stream_key(seed, s, c.name) for s in streams]
+            for start in range(0, c.size, _DRAWN_AT_ONCE):
+                stop = min(start + _DRAWN_AT_ONCE, c.size)
+                indices = c.flat_indices(start, stop).to(c.device)
+                for k, key in enumerate(keys):
+                    flat_Kn[k, start:stop] = draw(key, indices)
+            return found
 
-        return self._fill(part)
+        return {c.name: part(c) for c in self.coordinates}
 
     def _fill(self, part: Callable[[Coordinates], Tensor]) -> Vectors:
         return {c.name: _at_rest(c, part(c)) for c in self.coordinates}
