@@ -20,7 +20,6 @@ from hesscope.space.coordinates import Coordinates
 from hesscope.space.division import Division, as_dtensor, local_part
 from hesscope.space.vectors import Sums, Vectors
 
-
 #: Numbers of a random vector that are found at once: 64-bit whole numbers on the way take many times their memory.
 _DRAWN_AT_ONCE = 2**18
 
