@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from hesscope.dryrun.kinds import Kind, kind_of
 
 #: Runs one operation: function, arguments, keywords.
 Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -23,20 +26,31 @@ Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does: floating-point operations of matrix products, bytes that operations read or write, operations."""
+    """What a run does: floating-point operations of matrix products, bytes that operations read or write, operations.
+
+    And how many operations there are of every kind, where that was counted.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
     operations: float = 0.0
+    kinds: Mapping[Kind, int] = field(default_factory=dict)
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes, self.operations + other.operations)
+        return Work(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.operations + other.operations,
+            Counter(self.kinds) + Counter(other.kinds),
+        )
 
     def __sub__(self, other: Work) -> Work:
-        return self + other * -1.0
-
-    def __mul__(self, factor: float) -> Work:
-        return Work(self.flops * factor, self.bytes * factor, self.operations * factor)
+        return Work(
+            self.flops - other.flops,
+            self.bytes - other.bytes,
+            self.operations - other.operations,
+            Counter(self.kinds) - Counter(other.kinds),
+        )
 
 
 def execute_as_is(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,13 +72,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._execute = execute
         self._known: set[int] = set()
         self._flops = self._bytes = self._operations = 0.0
+        self._kinds: Counter[Kind] = Counter()
         self._allocations = 0
         self.live, self.peak, self.trace = 0, 0, array("q")
 
     @property
     def work(self) -> Work:
         """So far."""
-        return Work(self._flops, self._bytes, self._operations)
+        return Work(self._flops, self._bytes, self._operations, self._kinds.copy())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -81,6 +96,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._flops += multiplies(*args, **kwargs, out_val=result)
             self._bytes += sum(map(_touched, inputs)) + sum(map(_touched, outputs))
             self._operations += 1.0
+            self._kinds[kind_of(func, args, kwargs)] += 1
         return result
 
     def _see(self, x: Tensor, inputs: list[Tensor]) -> None:
