@@ -25,6 +25,7 @@ _UNITS = {
     "tib": 2**40,
 }
 _STANDS_FOR: ContextVar[str] = ContextVar("stands for", default="meta")
+_PEAK_ALONE: ContextVar[bool] = ContextVar("peak alone", default=False)
 _LIMIT: ContextVar[int | None] = ContextVar("limit", default=None)
 #: A limit that nothing exceeds.
 UNLIMITED = 2**62
@@ -78,13 +79,19 @@ def available_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def shapes_for(device: torch.device) -> Iterator[None]:
-    """Inside, tensors without data stand for some on this device."""
-    token = _STANDS_FOR.set(device.type)
+def shapes_for(device: torch.device, peak_alone: bool = False) -> Iterator[None]:
+    """Inside, tensors without data stand for some on this device; with `peak_alone` only the most memory at a time is asked."""
+    tokens = _STANDS_FOR.set(device.type), _PEAK_ALONE.set(peak_alone)
     try:
         yield
     finally:
-        _STANDS_FOR.reset(token)
+        _STANDS_FOR.reset(tokens[0])
+        _PEAK_ALONE.reset(tokens[1])
+
+
+def peak_alone(device: torch.device) -> bool:
+    """Whether of steps that take their memory one after another, on this device, one may stand for all."""
+    return device.type == "meta" and _PEAK_ALONE.get()
 
 
 def kind_of(device: torch.device) -> str:

@@ -59,7 +59,7 @@ def execute_as_is(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered; what was alive before counts as nothing.
+    """Counts while it is entered; what was alive before counts as nothing. Without `kinds` these are not counted.
 
     Attributes:
         live: bytes of the storages that have come up and are still alive.
@@ -67,9 +67,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace: the storages' sizes as they came up, and -k where the k-th of them went.
     """
 
-    def __init__(self, execute: Execute = execute_as_is) -> None:
+    def __init__(self, execute: Execute = execute_as_is, kinds: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._execute = execute
+        self._execute, self._counts_kinds = execute, kinds
         self._known: set[int] = set()
         self._flops = self._bytes = self._operations = 0.0
         self._kinds: Counter[Kind] = Counter()
@@ -96,7 +96,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._flops += multiplies(*args, **kwargs, out_val=result)
             self._bytes += sum(map(_touched, inputs)) + sum(map(_touched, outputs))
             self._operations += 1.0
-            self._kinds[kind_of(func, args, kwargs)] += 1
+            if self._counts_kinds:
+                self._kinds[kind_of(func, args, kwargs)] += 1
         return result
 
     def _see(self, x: Tensor, inputs: list[Tensor]) -> None:

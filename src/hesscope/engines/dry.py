@@ -84,14 +84,15 @@ class DryRuns:
         """A product with so many vectors at once; `kept` for two on a linearization that stays.
 
         Without `checked` the engine's own check before its first product is left out. Without `replayed` nothing is found out
-        about the allocator, and `resident` is `peak`. Without `result` the product's own vectors are not counted.
+        about the allocator, `resident` is `peak`, and the work may be less than it is. Without `result` the product's own vectors
+        are not counted.
         """
-        engine, meter = make(), Meter(self._shadow)
+        engine, meter = make(), Meter(self._shadow, kinds=replayed)
         V = {
             c.name: torch.empty(vectors, *c.shape, dtype=self.space.dtype, device=META) for c in self.space.coordinates
         }
         into = None if result else {name: torch.zeros_like(part) for name, part in V.items()}
-        with warnings.catch_warnings(), in_words(), shapes_for(self.device):
+        with warnings.catch_warnings(), in_words(), shapes_for(self.device, peak_alone=not replayed):
             warnings.simplefilter("ignore", HesscopeWarning)
             with meter:
                 found = run_product(engine, self.problem, self.space, V, meter, kept, checked, into, self._sum_dtype)

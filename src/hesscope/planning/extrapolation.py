@@ -43,7 +43,10 @@ def extrapolated(problem: Problem, space: Space, make: Callable[[], Engine]) -> 
         return _parabola(lengths, values, length)
 
     def work(parts: Sequence[Work]) -> Work:
-        return Work(*(at([getattr(part, name) for part in parts]) for name in ("flops", "bytes", "operations")))
+        flops, touched, operations = (
+            at([getattr(part, name) for part in parts]) for name in ("flops", "bytes", "operations")
+        )
+        return Work(flops, touched, operations)
 
     peak = max(int(at([run.peak for run in runs])), checked.peak)
     return replace(

@@ -20,7 +20,7 @@ from hesscope.operators.output_hessian import output_hessian
 from hesscope.operators.risk import APART, own_precision, own_space, sum_dtype
 from hesscope.planning.extrapolation import extrapolated
 from hesscope.planning.fitting import Room, largest_batch_size, largest_length, largest_vectors
-from hesscope.planning.speed import Rates, Trial, measure_rates, trial
+from hesscope.planning.speed import Clock, Trial, measure_rates, trial
 from hesscope.problem import Problem
 from hesscope.results.plan import Plan
 from hesscope.space import Space
@@ -54,8 +54,8 @@ def plan(
     """Memory and time of a computation with every engine, predicted before anything heavy is run, and what would fit.
 
     The product's own code is run on tensors without data, which gives the bytes alive at any time and the work; on a CPU the
-    allocations are replayed through the system's allocator for what that wastes. Seconds come from rates of this machine,
-    corrected by a product on a short sequence. The model is left alone.
+    allocations are replayed through the system's allocator for what that wastes. Seconds are those of its operations, each timed
+    by itself, and of what a product on a short sequence takes beyond its own. The model is left alone.
 
     Args:
         problem, space: as for `hesscope.hessian`.
@@ -65,7 +65,7 @@ def plan(
         products: that number itself.
         engines: names of some; all by default.
         memory: plan for so much in place of what is free here, the model included: bytes, or text such as "8GB".
-        measure: run the short sequence. Without it, or where it does not fit, seconds are those of the rates alone.
+        measure: run the short sequence. Without it, or where it does not fit, seconds are those of the operations alone.
         precision: of the products, as for `hesscope.hessian`.
 
     Raises:
@@ -93,13 +93,13 @@ def plan(
     shape, batches = _shape(problem), len(problem.batches)
     with multiplying(precision):
         found, rows = _dry(runs, makers, problem, space)
-        rates = measure_rates(device, space.dtype)
+        clock = Clock(measure_rates(device, space.dtype), device)
         measured = (
-            _trials(problem, space, makers, found, rates, shape) if measure and not is_shadow(problem.model) else {}
+            _trials(problem, space, makers, found, clock, shape) if measure and not is_shadow(problem.model) else {}
         )
         for name, product in found.items():
             peak = _with_graphs(runs, makers[name], product, free, batches)
-            rows[name] = _row(product, peak, free, rates, measured.get(name), shape["passes"], wanted, batches)
+            rows[name] = _row(product, peak, free, clock, measured.get(name), shape["passes"], wanted, batches)
         chosen = _chosen({"streamed": rows["streamed"]} if offloaded(problem.model) and "streamed" in rows else rows)
         would_fit = _would_fit(runs, makers, chosen or _smallest(rows), rows, free, space)
     return Plan(
@@ -200,11 +200,11 @@ def _trials(
     space: Space,
     makers: dict[str, Callable[[], Engine]],
     found: dict[str, DryProduct],
-    rates: Rates,
+    clock: Clock,
     shape: dict[str, Any],
 ) -> dict[str, Trial]:
     length = (shape["length"] or 1) * (shape["batch_size"] or 1)
-    made = {name: trial(problem, space, makers[name], found[name], rates, length) for name in found}
+    made = {name: trial(problem, space, makers[name], found[name], clock, length) for name in found}
     return {name: known for name, known in made.items() if known is not None}
 
 
@@ -212,18 +212,16 @@ def _row(
     dry: DryProduct,
     peak: int,
     free: int,
-    rates: Rates,
+    clock: Clock,
     measured: Trial | None,
     passes: float,
     wanted: int,
     batches: int,
 ) -> dict[str, Any]:
-    factor = measured or Trial(1.0, 1.0)
-    check = rates.seconds(dry.prepare) * factor.product
-    build, product = (
-        passes * rates.seconds(dry.build) * factor.build,
-        passes * rates.seconds(dry.product) * factor.product,
-    )
+    pace = measured or Trial()
+    check = pace.product.seconds(clock, dry.prepare)
+    build = passes * pace.build.seconds(clock, dry.build)
+    product = passes * pace.product.seconds(clock, dry.product)
     kept = min(batches, (free // 2) // max(dry.kept, 1))
     anew = build * (1 - kept / batches)
     return {
@@ -285,10 +283,10 @@ def _would_fit(
 
 def _basis_of_time(found: dict[str, DryProduct], measured: dict[str, Trial]) -> str:
     if not measured:
-        return "rates of this machine alone; nothing of this model was run"
+        return "operations of this machine alone; nothing of this model was run"
     without = [name for name in found if name not in measured]
-    rest = f"; of {', '.join(without)} from rates of this machine alone" if without else ""
-    return f"scaled from a product on a short sequence{rest}"
+    rest = f"; of {', '.join(without)} from operations of this machine alone" if without else ""
+    return f"operations timed one by one, and a product on a short sequence{rest}"
 
 
 def _provenance(problem: Problem, space: Space, operator: str, precision: str | None) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""From the work of a dry run to seconds: rates of this machine, corrected by one small batch that is really run.
+"""From the work of a dry run to seconds: every kind of operation timed by itself, corrected by one small batch really run.
 
-    seconds = flops / F + bytes / B + operations * o
+A dry run knows which operations there are, on what shapes and how often. Each of these is run alone at its full size; what
+surrounds them (autograd, Python) is so much an operation, for each engine what a product on a short sequence takes beyond its
+own operations. Where an operation cannot be run at its size, or all of them would take long,
 
-F, B and o come from three loops of milliseconds. What they miss (shapes, caches, kernels without a fast path) is one factor
-for each engine: the time of its product on a short sequence over what the formula gives for that.
+    seconds = factor * (flops / F + bytes / B + operations * o)
+
+with F, B and o from three loops of milliseconds, and the factor of each engine from that short sequence.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
-from hesscope.dryrun import Meter, Work
+from hesscope.dryrun import Kind, Meter, Work
 from hesscope.engines import Engine
 from hesscope.engines.checking import short_slice
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, run_product
@@ -24,9 +28,13 @@ from hesscope.problem import Problem
 from hesscope.space import Space
 
 #: Seconds that the small batch should take, about, and the fewest tokens that it has.
-_TRIAL, _SHORTEST = 0.6, 16
+_TRIAL, _SHORTEST = 0.3, 16
 #: The formula alone: an operation under autograd costs more than a bare one.
 _PYTHON = 3.0
+#: Work that takes longer by the formula is not timed operation by operation.
+_LONG = 100.0
+#: An operation is repeated until it has taken this long, or so often.
+_ENOUGH, _REPEATS = 0.05, 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,43 @@ class Rates:
     def seconds(self, work: Work) -> float:
         """What the formula gives."""
         return work.flops / self.flops + work.bytes / self.bytes + work.operations * self.overhead
+
+
+class Clock:
+    """Seconds of work on a device, by its operations where these are known and can be run, else by the rates."""
+
+    def __init__(self, rates: Rates, device: torch.device) -> None:
+        self.rates, self.device = rates, device
+        self._known: dict[Kind, float] = {}
+
+    def seconds(self, work: Work) -> float:
+        """What this work takes, in operations that nothing else surrounds."""
+        found = self.by_operations(work)
+        return self.rates.seconds(work) if found is None else found
+
+    def by_operations(self, work: Work) -> float | None:
+        """The sum of its operations' seconds; None where these are not known."""
+        if (work.operations > 0 and not work.kinds) or self.rates.seconds(work) > _LONG:
+            return None
+        try:
+            return sum((count * self._of(kind) for kind, count in work.kinds.items()), 0.0)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
+            return None  # an operation that does not take made-up numbers, or has no room
+
+    def _of(self, kind: Kind) -> float:
+        if kind not in self._known:
+            self._known[kind] = self._timed(kind)
+        return self._known[kind]
+
+    def _timed(self, kind: Kind) -> float:
+        if 3 * kind.nbytes > available_bytes(self.device):
+            raise torch.OutOfMemoryError("an operation has no room")
+        run = kind.run(self.device)
+        run()  # prepares what is prepared once
+        times = [_once(self.device, run)]
+        while sum(times) < _ENOUGH and len(times) < _REPEATS:
+            times.append(_once(self.device, run))
+        return median(times)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -59,18 +104,30 @@ def best_seconds(device: torch.device, work: Callable[[], object], repeats: int 
 
 
 @dataclass(frozen=True)
-class Trial:
-    """How many times longer than by the formula a linearization and a product take."""
+class Pace:
+    """What a clock misses: a factor, or seconds an operation."""
 
-    build: float
-    product: float
+    factor: float = 1.0
+    overhead: float = 0.0
+
+    def seconds(self, clock: Clock, work: Work) -> float:
+        """What the work takes."""
+        return self.factor * clock.seconds(work) + self.overhead * work.operations
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The paces of a linearization and of a product."""
+
+    build: Pace = Pace()
+    product: Pace = Pace()
 
 
 def trial(
-    problem: Problem, space: Space, make: Callable[[], Engine], full: DryProduct, rates: Rates, length: int
+    problem: Problem, space: Space, make: Callable[[], Engine], full: DryProduct, clock: Clock, length: int
 ) -> Trial | None:
     """Run a product on a short sequence; None where that does not fit or does not run."""
-    expected = rates.seconds(full.build + full.product)
+    expected = clock.seconds(full.build + full.product)
     share = _TRIAL / max(expected, 1e-9)
     small = short_slice(problem, max(_SHORTEST, min(length, int(length * share))))
     try:
@@ -84,16 +141,24 @@ def trial(
         made = engine.linearize(small, 0, space)
         made.add_product(V, into)  # torch prepares a good deal when something first runs
         product = best_seconds(problem.device, lambda: made.add_product(V, into), 2)
-        build = best_seconds(problem.device, lambda: engine.linearize(small, 0, space), 1)
+        build = best_seconds(problem.device, lambda: engine.linearize(small, 0, space), 2)
     except (HesscopeError, torch.OutOfMemoryError):
         return None
-    return Trial(build / max(rates.seconds(dry.build), 1e-9), product / max(rates.seconds(dry.product), 1e-9))
+    return Trial(_pace(clock, full.build, dry.build, build), _pace(clock, full.product, dry.product, product))
+
+
+def _pace(clock: Clock, full: Work, small: Work, took: float) -> Pace:
+    """From small work that took so long, for work like the full one."""
+    alone = clock.by_operations(small)
+    if clock.by_operations(full) is None or alone is None:
+        return Pace(factor=took / max(clock.rates.seconds(small), 1e-9))
+    return Pace(overhead=max(0.0, took - alone) / max(small.operations, 1.0))
 
 
 def _work_of(small: Problem, space: Space, make: Callable[[], Engine]) -> DryProduct:
     """The work on a short sequence; counted while it is really done where that cannot be known otherwise."""
     try:
-        return DryRuns(small, space).product(make, checked=False, replayed=False)
+        return DryRuns(small, space).product(make, checked=False)
     except NotDry:
         with Meter() as meter:
             return run_product(make(), small, space, space.zeros(), meter, checked=False)

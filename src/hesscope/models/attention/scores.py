@@ -9,11 +9,12 @@ R = G I rows of a tile, D head size, E size of a value.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hesscope.memory import kind_of, peak_alone
 from hesscope.models.attention.visibility import Keys, Row, Visible
 
 #: Scores of a tile over all heads and sequences: few enough for a cache, many enough for matrix products.
@@ -96,8 +97,11 @@ def grouped(x: Tensor, like: Tensor) -> Tensor:
 
 
 def tile_sides(q: Tensor) -> tuple[int, int]:
-    """How many queries and keys a tile has: powers of two. On the meta device those of the GPU, where there is one."""
-    kind = "cuda" if q.is_cuda or (q.is_meta and torch.cuda.is_available()) else "cpu"
+    """How many queries and keys a tile has: powers of two. Without data those of the device that is stood for."""
+    kind = kind_of(q.device)
+    if kind == "meta":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = kind if kind in _SIDES else "cpu"
     heads = q.shape[0] * q.shape[1] * q.shape[2]
     least, most = _SIDES[kind]
     side = 2 ** int(math.log2(max(_SCORES[kind] / max(heads, 1), 1)) / 2)
@@ -107,7 +111,16 @@ def tile_sides(q: Tensor) -> tuple[int, int]:
 
 def tile_rows(q: Tensor, shape: Shape) -> tuple[Row, ...]:
     """The rows of tiles for these queries."""
-    return shape.visible.rows(*tile_sides(q))
+    found = shape.visible.rows(*tile_sides(q))
+    return largest_of(found) if peak_alone(q.device) else found
+
+
+def largest_of(found: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The row with the most memory, and two of its ranges of keys: the others come and go like these."""
+    if not found:
+        return found
+    row = max(found, key=lambda row: (min(len(row.keys), 2), row.at.stop - row.at.start))
+    return (replace(row, keys=row.keys[-2:]),)
 
 
 @dataclass(frozen=True)
