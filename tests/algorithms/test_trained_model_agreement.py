@@ -19,6 +19,7 @@ def problem() -> hs.Problem:
     return hs.causal_lm(ASSETS / "stories260k", texts, length=64, sequences=8, batch_size=8)
 
 
+@pytest.mark.slow
 def test_eigs_trace_and_density_of_all_parameters(problem: hs.Problem) -> None:
     H = hs.hessian(problem)
     ends = hs.eigs(H, k=4, which="BE")

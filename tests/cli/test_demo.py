@@ -49,6 +49,7 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
     assert float(density.nodes.max()) == pytest.approx(float(eigs.eigenvalues.max()), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_it_is_safe_to_repeat_but_spares_what_is_not_its_own(small: None, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     assert run(["demo", "--output-dir", str(folder)]) == 0

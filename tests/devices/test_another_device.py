@@ -13,7 +13,8 @@ from torch.utils import backend_registration
 PROGRAM = Path(__file__).with_name("program.py")
 
 
-@pytest.mark.parametrize(("name", "few"), [("llama", ["few"]), pytest.param("gpt2", [], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "few"), [("llama", ["few"]), ("gpt2", [])])
 def test_nothing_is_left_on_the_cpu(name: str, few: list[str]) -> None:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no backends written in Python")

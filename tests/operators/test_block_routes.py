@@ -15,7 +15,11 @@ from hesscope.operators import batch_plan as plan_module
 from oracles import causal_lm, relative
 
 EXACT, CASTS, SINGLE = 1e-10, 1e-6, 1e-5
-every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+#: Four that differ most are quick; the rest of them take minutes.
+QUICK = ("llama", "gpt2", "gemma2", "mixtral")
+every_architecture = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+)
 
 
 def rows_of_linear_layers(model: nn.Module) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def test_rows_of_linear_layers_across_layers_and_blocks(name: str, route: str) -
 
 @pytest.mark.parametrize("copies_of", [1, 64])
 @pytest.mark.parametrize("route", ["weights", "positions", "auto"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gpt-neox", marks=pytest.mark.slow), "opt"])
 def test_copies_of_a_batch_do_not_change_the_block(
     name: str, route: str, copies_of: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

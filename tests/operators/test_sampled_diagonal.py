@@ -37,6 +37,7 @@ def test_a_draw_is_the_diagonal_of_the_fisher_matrix_per_sequence(name: str, pat
     assert relative(found, F.to_dense().diagonal()) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_part_of_a_layer_and_whole_parameters() -> None:
     """Rows of a linear layer are taken apart into sequences; a norm's weight and the tied embedding are not."""
     for patterns in (("*.0.self_attn.q_proj.weight[1, :5]",), ("*norm.weight", "*embed_tokens.weight")):

@@ -80,19 +80,20 @@ class DryRuns:
         checked: bool = True,
         replayed: bool = True,
         result: bool = True,
+        peak_alone: bool = False,
     ) -> DryProduct:
         """A product with so many vectors at once; `kept` for two on a linearization that stays.
 
         Without `checked` the engine's own check before its first product is left out. Without `replayed` nothing is found out
-        about the allocator, `resident` is `peak`, and the work may be less than it is. Without `result` the product's own vectors
-        are not counted.
+        about the allocator, and `resident` is `peak`. Without `result` the product's own vectors are not counted. With
+        `peak_alone` the work is less than it is: of steps with the same memory one is run.
         """
-        engine, meter = make(), Meter(self._shadow, kinds=replayed)
+        engine, meter = make(), Meter(self._shadow, kinds=not peak_alone)
         V = {
             c.name: torch.empty(vectors, *c.shape, dtype=self.space.dtype, device=META) for c in self.space.coordinates
         }
         into = None if result else {name: torch.zeros_like(part) for name, part in V.items()}
-        with warnings.catch_warnings(), in_words(), shapes_for(self.device, peak_alone=not replayed):
+        with warnings.catch_warnings(), in_words(), shapes_for(self.device, peak_alone):
             warnings.simplefilter("ignore", HesscopeWarning)
             with meter:
                 found = run_product(engine, self.problem, self.space, V, meter, kept, checked, into, self._sum_dtype)

@@ -30,7 +30,8 @@ class Room:
     def taken(self, batch: Any = None, vectors: int = 1) -> float:
         """Bytes that a product takes on another batch, or with more vectors at once."""
         runs = self.runs if batch is None else self.runs.with_batch(batch)
-        return self.waste * runs.product(self.make, vectors, checked=False, replayed=False).peak
+        dry = runs.product(self.make, vectors, checked=False, replayed=False, peak_alone=True)
+        return self.waste * dry.peak
 
 
 def largest_length(room: Room, batch: Any) -> int | None:
