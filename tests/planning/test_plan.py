@@ -13,7 +13,7 @@ import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.assets import model_path
 from hesscope.memory import parse_bytes
-from hesscope.planning.speed import Clock, Rates
+from hesscope.planning.speed import Rates
 
 MB = 10**6
 
@@ -58,7 +58,6 @@ def test_every_engine_has_a_row_and_what_would_fit_is_named(tmp_path: Path) -> N
 def test_a_plan_is_of_the_precision_that_products_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, kept = hs.causal_lm(tiny("llama", torch.float32), ragged_batches()[:1]), "reverse-over-reverse"
     monkeypatch.setattr(sys.modules["hesscope.planning.plan"], "measure_rates", lambda *_: Rates(1e10, 1e10, 1e-6))
-    monkeypatch.setattr(Clock, "by_operations", lambda *_: None)
     monkeypatch.setattr(sys.modules["hesscope.planning.plan"], "_would_fit", lambda *_: {})
     plain, summed = (hs.plan(problem, measure=False, engines=[kept], precision=p) for p in (None, "float32"))
     # The sum over batches takes eight bytes a coordinate instead of four.

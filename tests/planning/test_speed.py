@@ -50,6 +50,7 @@ def test_work_takes_what_its_operations_take(monkeypatch: pytest.MonkeyPatch) ->
     assert clock.seconds(work) == clock.seconds(work) == 0.25 * work.operations
     assert len(timed) == len(work.kinds)
     assert Clock(RATES, CPU).seconds(Work()) == 0
+    assert Clock(RATES, CPU, each=False).seconds(work) == RATES.seconds(work)
 
 
 def test_operations_are_really_run() -> None:

@@ -447,7 +447,8 @@ def plan(
     ] = "eigs",
     products: Annotated[int | None, typer.Option(help="That number itself.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Run a short sequence, which makes seconds more certain.")
+        bool,
+        typer.Option("--measure/--no-measure", help="Time operations and a short sequence: seconds are more certain."),
     ] = True,
     ranks: Annotated[int | None, typer.Option(help="Plan for so many ranks of a cluster, with --layout.")] = None,
     ranks_per_node: Annotated[int, typer.Option(help="Ranks of a machine, for --layout hsdp.")] = 8,

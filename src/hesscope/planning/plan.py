@@ -65,7 +65,7 @@ def plan(
         products: that number itself.
         engines: names of some; all by default.
         memory: plan for so much in place of what is free here, the model included: bytes, or text such as "8GB".
-        measure: run the short sequence. Without it, or where it does not fit, seconds are those of the operations alone.
+        measure: run the operations and the short sequence. Without it, or where it does not fit, seconds come from rates of the machine alone.
         precision: of the products, as for `hesscope.hessian`.
 
     Raises:
@@ -93,10 +93,9 @@ def plan(
     shape, batches = _shape(problem), len(problem.batches)
     with multiplying(precision):
         found, rows = _dry(runs, makers, problem, space)
-        clock = Clock(measure_rates(device, space.dtype), device)
-        measured = (
-            _trials(problem, space, makers, found, clock, shape) if measure and not is_shadow(problem.model) else {}
-        )
+        measure = measure and not is_shadow(problem.model)
+        clock = Clock(measure_rates(device, space.dtype), device, each=measure)
+        measured = _trials(problem, space, makers, found, clock, shape) if measure else {}
         for name, product in found.items():
             peak = _with_graphs(runs, makers[name], product, free, batches)
             rows[name] = _row(product, peak, free, clock, measured.get(name), shape["passes"], wanted, batches)
@@ -283,9 +282,9 @@ def _would_fit(
 
 def _basis_of_time(found: dict[str, DryProduct], measured: dict[str, Trial]) -> str:
     if not measured:
-        return "operations of this machine alone; nothing of this model was run"
+        return "rates of this machine alone; nothing of this model was run"
     without = [name for name in found if name not in measured]
-    rest = f"; of {', '.join(without)} from operations of this machine alone" if without else ""
+    rest = f"; of {', '.join(without)} from the operations alone" if without else ""
     return f"operations timed one by one, and a product on a short sequence{rest}"
 
 

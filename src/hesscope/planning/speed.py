@@ -51,10 +51,13 @@ class Rates:
 
 
 class Clock:
-    """Seconds of work on a device, by its operations where these are known and can be run, else by the rates."""
+    """Seconds of work on a device, by its operations where these are known and can be run, else by the rates.
 
-    def __init__(self, rates: Rates, device: torch.device) -> None:
-        self.rates, self.device = rates, device
+    Without `each` no operation is run.
+    """
+
+    def __init__(self, rates: Rates, device: torch.device, each: bool = True) -> None:
+        self.rates, self.device, self._each = rates, device, each
         self._known: dict[Kind, float] = {}
 
     def seconds(self, work: Work) -> float:
@@ -64,7 +67,7 @@ class Clock:
 
     def by_operations(self, work: Work) -> float | None:
         """The sum of its operations' seconds; None where these are not known."""
-        if (work.operations > 0 and not work.kinds) or self.rates.seconds(work) > _LONG:
+        if not self._each or (work.operations > 0 and not work.kinds) or self.rates.seconds(work) > _LONG:
             return None
         try:
             return sum((count * self._of(kind) for kind, count in work.kinds.items()), 0.0)
