@@ -82,14 +82,15 @@ def test_rates_where_operations_are_not_known_or_do_not_run() -> None:
     assert clock.by_operations(Work(1.0, 1.0, 1.0, {wrong: 1})) is None
 
 
-def test_a_short_run_gives_seconds_an_operation_or_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_run_gives_seconds_beside_or_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "_timed", lambda *_: 0.25)
     clock, small = Clock(RATES, CPU), _work(META)
     took = 0.35 * small.operations
     pace = _pace(clock, small + small, small, took)
     assert pace.factor == 1
-    assert pace.overhead == pytest.approx(0.1)
-    assert pace.seconds(clock, small + small) == pytest.approx(2 * took)
+    assert pace.beside == pytest.approx(0.1 * small.operations)
+    assert pace.seconds(clock, small) == pytest.approx(took)
+    assert pace.seconds(clock, small + small) == pytest.approx(took + (0.25 + 1e-6) * small.operations)
     unknown = Work(flops=2e9, bytes=3e9, operations=1e6)
     assert _pace(clock, unknown, small, took) == Pace(factor=took / RATES.seconds(small))
 

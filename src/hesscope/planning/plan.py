@@ -221,6 +221,7 @@ def _row(
     check = pace.product.seconds(clock, dry.prepare)
     build = passes * pace.build.seconds(clock, dry.build)
     product = passes * pace.product.seconds(clock, dry.product)
+    touched = peak * clock.rates.first_touch
     kept = min(batches, (free // 2) // max(dry.kept, 1))
     anew = build * (1 - kept / batches)
     return {
@@ -229,10 +230,10 @@ def _row(
         "tensor_bytes": dry.peak,
         "kept_bytes": kept * dry.kept,
         "fits": dry.resident <= free,
-        "first_seconds": check + build + product,
+        "first_seconds": touched + check + build + product,
         "further_seconds": anew + product,
         "anew_seconds": build + product,
-        "total_seconds": check + build + wanted * product + (wanted - 1) * anew,
+        "total_seconds": touched + check + build + wanted * product + (wanted - 1) * anew,
         "measured": measured is not None,
         "remark": dry.remark,
     }

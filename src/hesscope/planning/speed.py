@@ -1,8 +1,8 @@
 """From the work of a dry run to seconds: every kind of operation timed by itself, corrected by one small batch really run.
 
 A dry run knows which operations there are, on what shapes and how often. Each of these is run alone at its full size; what
-surrounds them (autograd, Python) is so much an operation, for each engine what a product on a short sequence takes beyond its
-own operations. Where an operation cannot be run at its size, or all of them would take long,
+surrounds them (autograd, Python, weights that no cache holds) is, for each engine, what a product on a short sequence takes
+beyond its own operations, and a little for every operation that comes on top. Where an operation cannot be run at its size, or all of them would take long,
 
     seconds = factor * (flops / F + bytes / B + operations * o)
 
@@ -31,6 +31,8 @@ from hesscope.space import Space
 _TRIAL, _SHORTEST = 0.3, 16
 #: The formula alone: an operation under autograd costs more than a bare one.
 _PYTHON = 3.0
+#: Bytes that the system hands out anew whenever they are asked for, rather than what has been freed.
+_BLOCK = 2**27
 #: Work that takes longer by the formula is not timed operation by operation.
 _LONG = 100.0
 #: An operation is repeated until it has taken this long, or so often.
@@ -39,11 +41,12 @@ _ENOUGH, _REPEATS = 0.05, 5
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations and bytes a second, and seconds an operation."""
+    """Operations and bytes a second, seconds an operation, and seconds a byte that is touched for the first time."""
 
     flops: float
     bytes: float
     overhead: float
+    first_touch: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """What the formula gives."""
@@ -98,7 +101,19 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     multiply = best_seconds(device, lambda: square @ square)
     stream = best_seconds(device, lambda: long * 2.0)
     tiny = best_seconds(device, lambda: [one * 2.0 for _ in range(100)]) / 100
-    return Rates(2 * 768.0**3 / multiply, 2 * long.nbytes / stream, _PYTHON * tiny)
+    return Rates(2 * 768.0**3 / multiply, 2 * long.nbytes / stream, _PYTHON * tiny, _first_touch(device))
+
+
+def _first_touch(device: torch.device) -> float:
+    """What the operating system takes for a byte that it hands out, beyond writing it; nothing on a GPU."""
+    if device.type != "cpu":
+        return 0.0
+
+    def fresh() -> tuple[float, float]:
+        block = torch.empty(_BLOCK, dtype=torch.uint8)
+        return _once(device, lambda: block.fill_(1)), _once(device, lambda: block.fill_(2))
+
+    return max(0.0, min(first - again for first, again in (fresh() for _ in range(2)))) / _BLOCK
 
 
 def best_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3) -> float:
@@ -108,14 +123,16 @@ def best_seconds(device: torch.device, work: Callable[[], object], repeats: int 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a clock misses: a factor, or seconds an operation."""
+    """What a clock misses: a factor; or seconds beside operations, so many of which came with these."""
 
     factor: float = 1.0
-    overhead: float = 0.0
+    beside: float = 0.0
+    operations: float = 0.0
 
     def seconds(self, clock: Clock, work: Work) -> float:
         """What the work takes."""
-        return self.factor * clock.seconds(work) + self.overhead * work.operations
+        more = max(0.0, work.operations - self.operations) if self.operations else 0.0
+        return self.factor * clock.seconds(work) + self.beside + more * clock.rates.overhead
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ def _pace(clock: Clock, full: Work, small: Work, took: float) -> Pace:
     alone = clock.by_operations(small)
     if clock.by_operations(full) is None or alone is None:
         return Pace(factor=took / max(clock.rates.seconds(small), 1e-9))
-    return Pace(overhead=max(0.0, took - alone) / max(small.operations, 1.0))
+    return Pace(beside=max(0.0, took - alone), operations=small.operations)
 
 
 def _work_of(small: Problem, space: Space, make: Callable[[], Engine]) -> DryProduct:
