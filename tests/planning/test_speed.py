@@ -89,6 +89,7 @@ def test_a_short_run_gives_seconds_beside_or_a_factor(monkeypatch: pytest.Monkey
     pace = _pace(clock, small + small, small, took)
     assert pace.factor == 1
     assert pace.beside == pytest.approx(0.1 * small.operations)
+    assert pace.seconds(clock, Work()) == 0
     assert pace.seconds(clock, small) == pytest.approx(took)
     assert pace.seconds(clock, small + small) == pytest.approx(took + (0.25 + 1e-6) * small.operations)
     unknown = Work(flops=2e9, bytes=3e9, operations=1e6)

@@ -130,7 +130,9 @@ class Pace:
     operations: float = 0.0
 
     def seconds(self, clock: Clock, work: Work) -> float:
-        """What the work takes."""
+        """What the work takes; nothing takes none."""
+        if work.operations == 0:
+            return 0.0
         more = max(0.0, work.operations - self.operations) if self.operations else 0.0
         return self.factor * clock.seconds(work) + self.beside + more * clock.rates.overhead
 
