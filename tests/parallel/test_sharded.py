@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "0.pt").exists():
-            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands", "tensor")
+            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands")
     return root
 
 
@@ -95,25 +95,6 @@ def test_a_vector_of_dtensors_gives_its_like(two: list[dict[str, Any]]) -> None:
             assert relative(facts["as whole"][name], part) < 1e-10
 
 
-def test_a_tensor_parallel_model_has_the_numbers_of_one_that_is_whole(two: list[dict[str, Any]]) -> None:
-    expected = dict(tensor_cases(lambda problem: problem, "qwen2"))
-    for rank in two:
-        assert far_apart(rank["tensor"]["qwen2"], expected) == []
-
-
-def test_a_tensor_parallel_model_comes_back_as_it_was(two: list[dict[str, Any]]) -> None:
-    model, batch = tiny("qwen2"), ragged_batches()[2]
-    expected = hs.hessian(hs.causal_lm(model, [batch])) @ {n: p.detach() + 1.0 for n, p in model.named_parameters()}
-    for rank in two:
-        facts = rank["tensor"]
-        assert torch.equal(facts["before"], facts["after"])
-        torch.testing.assert_close(facts["before"], model(**batch).logits.detach(), rtol=1e-6, atol=1e-6)
-        assert len(facts["placed"]) > 10
-        assert all(facts["placed"])
-        for name, part in expected.items():
-            assert relative(facts["as DTensors"][name], part) < 1e-6  # the model casts to float32
-
-
 def test_what_cannot_be_is_said_on_every_rank(two: list[dict[str, Any]]) -> None:
     for rank in two:
         facts = rank["sharded_facts"]
@@ -159,6 +140,22 @@ def test_twice_among_two_ranks_and_the_replicas_as_groups(tmp_path: Path) -> Non
     for found in run_ranks(4, tmp_path, "hybrid", "hybrid_groups"):
         assert differences(found["hybrid"], one) == []
         assert differences(found["hybrid_groups"], one) == []
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_model_has_the_numbers_of_one_that_is_whole_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    numbers = dict(tensor_cases(lambda problem: problem, "qwen2"))
+    model, batch = tiny("qwen2"), ragged_batches()[2]
+    expected = hs.hessian(hs.causal_lm(model, [batch])) @ {n: p.detach() + 1.0 for n, p in model.named_parameters()}
+    for rank in run_ranks(2, tmp_path, "tensor"):
+        facts = rank["tensor"]
+        assert far_apart(facts["qwen2"], numbers) == []
+        assert torch.equal(facts["before"], facts["after"])
+        torch.testing.assert_close(facts["before"], model(**batch).logits.detach(), rtol=1e-6, atol=1e-6)
+        assert len(facts["placed"]) > 10
+        assert all(facts["placed"])
+        for name, part in expected.items():
+            assert relative(facts["as DTensors"][name], part) < 1e-6  # the model casts to float32
 
 
 @pytest.mark.slow
