@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Form:
 
     @property
     def nbytes(self) -> int:
-        """Of the numbers that differ in place; an expanded axis counts once."""
+        """Of the numbers that differ in place; what is only seen many times (an expanded axis) counts once."""
         size = self.dtype.itemsize
         for length, step in zip(self.shape, self.stride, strict=True):
             size *= length if step else 1
@@ -45,7 +46,7 @@ class Kind:
     arguments: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
 
-    def run(self, device: torch.device) -> Any:
+    def run(self, device: torch.device) -> Callable[[], Any]:
         """A call that runs the operation on made-up arguments, over and over."""
         args = tuple(_made(x, device) for x in self.arguments)
         kwargs = {name: _made(x, device) for name, x in self.keywords}

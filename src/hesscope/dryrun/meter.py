@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from hesscope.dryrun.kinds import Kind, kind_of
+from hesscope.dryrun.kinds import Kind, form_of, kind_of
 
 #: Runs one operation: function, arguments, keywords.
 Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -94,7 +94,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             multiplies = flop_registry.get(func._overloadpacket)
             if multiplies is not None:
                 self._flops += multiplies(*args, **kwargs, out_val=result)
-            self._bytes += sum(map(_touched, inputs)) + sum(map(_touched, outputs))
+            self._bytes += sum(form_of(x).nbytes for x in (*inputs, *outputs))
             self._operations += 1.0
             if self._counts_kinds:
                 self._kinds[kind_of(func, args, kwargs)] += 1
@@ -131,13 +131,3 @@ def tensors(*groups: Any) -> list[Tensor]:
         elif isinstance(x, (list, tuple)):
             found += [y for y in x if isinstance(y, Tensor)]
     return found
-
-
-def _touched(x: Tensor) -> int:
-    """Bytes of a tensor; what is only seen many times (an expanded axis) is read once."""
-    if x.is_contiguous():
-        return x.nbytes
-    size = x.itemsize
-    for length, stride in zip(x.shape, x.stride(), strict=True):
-        size *= length if stride else 1
-    return size

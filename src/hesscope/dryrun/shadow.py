@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from hesscope.dryrun.kinds import Kind, kind_of
 from hesscope.dryrun.meter import tensors
 from hesscope.dryrun.zeros import Zeros
 from hesscope.models import mark_as_shadow
@@ -35,7 +36,7 @@ class Shadow:
 
     def __init__(self) -> None:
         self._zeros = Zeros()
-        self._forms: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self._forms: dict[Kind, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation: for good where everything is known, on shapes otherwise."""
@@ -71,7 +72,7 @@ class Shadow:
         """Run an operation on the meta device; what one of the kind made before is made again without its rules, which are slow."""
         if not _makes_one(func):
             return func(*args, **kwargs)
-        key = (func, *map(_form, args), *((name, _form(x)) for name, x in kwargs.items()))
+        key = kind_of(func, args, kwargs)
         known = self._forms.get(key)
         if known is None:
             result = func(*args, **kwargs)
@@ -126,13 +127,6 @@ def _makes_one(func: Any) -> bool:
     returns = func._schema.returns
     fresh = len(returns) == 1 and returns[0].alias_info is None and str(returns[0].type) == "Tensor"
     return fresh and not func.is_view and func not in _ALIASING
-
-
-def _form(x: Any) -> Any:
-    """What of an argument decides the form of the result."""
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype
-    return tuple(map(_form, x)) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 def _is_real(x: Tensor) -> bool:

@@ -65,7 +65,8 @@ def plan(
         products: that number itself.
         engines: names of some; all by default.
         memory: plan for so much in place of what is free here, the model included: bytes, or text such as "8GB".
-        measure: run the operations and the short sequence. Without it, or where it does not fit, seconds come from rates of the machine alone.
+        measure: run the operations and the short sequence. Without it, or where it does not fit, seconds come from rates of the
+            machine alone.
         precision: of the products, as for `hesscope.hessian`.
 
     Raises:

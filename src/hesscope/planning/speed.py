@@ -2,7 +2,8 @@
 
 A dry run knows which operations there are, on what shapes and how often. Each of these is run alone at its full size; what
 surrounds them (autograd, Python, weights that no cache holds) is, for each engine, what a product on a short sequence takes
-beyond its own operations, and a little for every operation that comes on top. Where an operation cannot be run at its size, or all of them would take long,
+beyond its own operations, and a little for every operation that comes on top. Where an operation cannot be run at its size,
+or all of them would take long,
 
     seconds = factor * (flops / F + bytes / B + operations * o)
 
@@ -180,7 +181,7 @@ def _pace(clock: Clock, full: Work, small: Work, took: float) -> Pace:
 def _work_of(small: Problem, space: Space, make: Callable[[], Engine]) -> DryProduct:
     """The work on a short sequence; counted while it is really done where that cannot be known otherwise."""
     try:
-        return DryRuns(small, space).product(make, checked=False)
+        return DryRuns(small, space).product(make, checked=False, replayed=False)
     except NotDry:
         with Meter() as meter:
             return run_product(make(), small, space, space.zeros(), meter, checked=False)
