@@ -8,7 +8,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hesscope.cli.main import run
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import RankLost
 from hesscope.models import is_sharded
+from hesscope.parallel.ranks import Ranks
 from hesscope.space import vectors
 
 TIMEOUT = 4.0
@@ -99,6 +101,52 @@ def fully_sharded(problem: hs.Problem) -> hs.Problem:
 def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
     """A few cases, with weights divided among the ranks."""
     return dict(few_cases(fully_sharded))
+
+
+def given_out(folder: Path) -> dict[str, Any]:
+    """Models that rank 0 alone has loaded: what each rank then holds, how much of it at once, and what is refused."""
+    first = dist.get_rank() == 0
+    found: dict[str, Any] = {}
+    for name in ("qwen2", "gpt2"):  # buffers and no tied weights; tied weights
+        model = hs.fully_shard_model(tiny(name) if first else _empty(name))
+        found[name] = {key: x.full_tensor() if is_sharded(x) else x for key, x in model.state_dict().items()}  # type: ignore[attr-defined]
+        found[f"{name}, buffers"] = dict(model.named_buffers())
+        found[f"{name}, names"] = [key for key, _ in model.named_parameters()]
+        problem = hs.data_parallel(hs.causal_lm(model, ragged_batches()))
+        found[f"{name}, product"] = hs.hessian(problem) @ torch.ones(hs.hessian(problem).shape[0], dtype=torch.float64)
+    found["all empty"] = _complaint(lambda: hs.fully_shard_model(_empty("llama")))
+    other = tiny("llama") if first else _empty("llama").float()
+    found["another dtype"] = _complaint(lambda: hs.fully_shard_model(other))
+    with _most_at_once() as most:
+        hs.fully_shard_model(tiny("llama") if first else _empty("llama"))
+    return found | {"most": most[0]}
+
+
+def _empty(name: str) -> nn.Module:
+    """An architecture of the test matrix on the meta device."""
+    model = tiny(name)
+    config = model.config
+    with torch.device("meta"):
+        made: nn.Module = type(model)(config)
+    return made.to(next(model.parameters()).dtype).eval()
+
+
+@contextmanager
+def _most_at_once() -> Iterator[list[int]]:
+    """The most weights that were given out and not yet divided at a time."""
+    most = [0]
+    real = Ranks.on
+
+    def on(self: Any, rank: int, find: Any) -> Any:
+        values = real(self, rank, find)
+        most[0] = max(most[0], sum(x.numel() for x in values))
+        return values
+
+    Ranks.on = on  # type: ignore[method-assign]
+    try:
+        yield most
+    finally:
+        Ranks.on = real  # type: ignore[method-assign]
 
 
 def all_sharded(folder: Path) -> dict[str, dict[str, Tensor]]:

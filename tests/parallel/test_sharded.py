@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "0.pt").exists():
-            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands")
+            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands", "given_out")
     return root
 
 
@@ -110,6 +110,34 @@ def test_what_one_ranks_share_raises_ends_all_and_they_stay_in_step(two: list[di
     said = {rank["sharded_facts"]["bad"] for rank in two}
     assert said == {"The third batch is bad.", "Rank 1 stopped: The third batch is bad."}
     assert [rank["sharded_facts"]["after"] for rank in two] == ["nothing"] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_rank_0_gives_out_what_it_alone_has_loaded(two: list[dict[str, Any]], name: str) -> None:
+    whole = tiny(name)
+    H = hs.hessian(hs.causal_lm(whole, ragged_batches()))
+    expected = H @ torch.ones(H.shape[0], dtype=torch.float64)
+    for rank in two:
+        found = rank["given_out"]
+        assert list(found[name]) == list(whole.state_dict())
+        assert all(torch.equal(found[name][key], x) for key, x in whole.state_dict().items())
+        assert found[f"{name}, buffers"].keys() == dict(whole.named_buffers()).keys()
+        assert all(torch.equal(found[f"{name}, buffers"][key], x) for key, x in whole.named_buffers())
+        assert found[f"{name}, names"] == [key for key, _ in whole.named_parameters()]
+        assert relative(found[f"{name}, product"], expected) < 1e-6  # its own casts to float32
+
+
+def test_no_other_rank_has_more_than_a_block_at_a_time(two: list[dict[str, Any]]) -> None:
+    model = tiny("llama")
+    block = sum(x.numel() for x in model.model.layers[0].parameters())
+    rest = sum(x.numel() for x in [*model.parameters(), *model.buffers()]) - len(model.model.layers) * block
+    assert [rank["given_out"]["most"] for rank in two] == [max(block, rest)] * 2
+
+
+def test_empty_models_that_rank_0_cannot_fill_are_refused_everywhere(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert "Expected rank 0 to have loaded the model" in rank["given_out"]["all empty"]
+        assert "but rank 1 has others than rank 0" in rank["given_out"]["another dtype"]
 
 
 def test_commands_write_the_folders_of_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:

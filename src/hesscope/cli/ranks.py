@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hesscope.problem import Problem
 
 LAYOUTS = ("data", "fsdp", "hsdp")
@@ -29,21 +31,31 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def shared(problem: Problem, options: dict[str, Any]) -> Problem:
-    """The problem with its batches divided among the ranks of this command; all must have the same, and the same options."""
-    layout, ranks = options["layout"], comm()
+def require_layout(layout: str) -> None:
+    """Raises HesscopeError for an unknown layout, and for one that divides weights where there is one process."""
     if layout not in LAYOUTS:
         raise HesscopeError(f"Expected --layout to be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, got {layout!r}.")
-    if ranks is ALONE:
-        if layout != "data":
-            raise HesscopeError(f"Expected several processes with --layout {layout}; put torchrun before the command.")
-        return problem
-    from hesscope.parallel import divided, fully_shard_model, mesh_of
+    if layout != "data" and comm() is ALONE:
+        raise HesscopeError(f"Expected several processes with --layout {layout}; put torchrun before the command.")
 
-    if layout != "data":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        fully_shard_model(problem.model, mesh_of(layout, ranks.device_type, local, ranks.probe_groups))
-        problem = problem.related()
+
+def divided_model(layout: str, load: Callable[[], nn.Module], skeleton: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose weights are divided among the ranks: rank 0 alone loads it, on the CPU, and no device holds it whole."""
+    from hesscope.parallel import mesh_of, shard_model
+
+    ranks = comm()
+    with ranks.summed():
+        model = load() if ranks.rank == 0 else skeleton()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return shard_model(model, mesh_of(layout, ranks.device_type, local, ranks.probe_groups), ranks)
+
+
+def shared(problem: Problem, options: dict[str, Any]) -> Problem:
+    """The problem with its batches divided among the ranks of this command; all must have the same, and the same options."""
+    if comm() is ALONE:
+        return problem
+    from hesscope.parallel import divided
+
     return divided(problem, comm(), {name: repr(value) for name, value in options.items()})
 
 

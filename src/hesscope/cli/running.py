@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hesscope.cli.config import read_indices
 from hesscope.cli.options import CommonOptions
-from hesscope.cli.ranks import comm, shared
+from hesscope.cli.ranks import comm, divided_model, require_layout, shared
 from hesscope.cli.resuming import result_folder
 from hesscope.errors import HesscopeError
 
@@ -87,16 +87,33 @@ def make_problem(common: CommonOptions) -> Problem:
         raise HesscopeError("Expected --model: a Hub id, a folder, or 'demo' for the small model that comes along.")
     if common.data is None:
         raise HesscopeError("Expected --data: a Hub dataset, a .txt, .jsonl or .parquet file, or 'demo'.")
+    require_layout(common.layout)
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
-    if common.layout != "data":
-        keywords["device"] = "cpu"  # no device has to hold it whole
     data: Any = common.data
     keywords["model"] = model_source(common)
+    if common.layout != "data":
+        keywords |= {"model": _divided_model(common), "dtype": None, "device": None, "device_map": None}
     if common.data == _DEMO:
         from hesscope.assets import prose
 
         data, keywords["pack"] = [prose("held_out")], True
     return shared(causal_lm(data=data, **keywords), dataclasses.asdict(common))
+
+
+def _divided_model(common: CommonOptions) -> nn.Module:
+    """The model that --model names, its weights divided among the ranks."""
+    from hesscope.models import load_model, load_skeleton
+    from hesscope.models.loading import resolve_dtype
+
+    if common.device_map is not None or common.offload_folder is not None:
+        raise HesscopeError(
+            f"Expected no --device-map or --offload-folder with --layout {common.layout}: leave them out."
+        )
+    name, dtype = model_source(common), resolve_dtype(common.dtype)
+    hub: dict[str, Any] = {} if common.revision is None else {"revision": common.revision}
+    return divided_model(
+        common.layout, lambda: load_model(name, dtype, "cpu", **hub), lambda: load_skeleton(name, dtype, **hub)
+    )
 
 
 def make_space(common: CommonOptions, problem: Problem | nn.Module) -> Space:

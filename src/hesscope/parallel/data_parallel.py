@@ -11,10 +11,9 @@ from hesscope.algorithms.driver import versions
 from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError
 from hesscope.models import sharded
-from hesscope.parallel.ranks import Ranks
+from hesscope.parallel.ranks import TIMEOUT, Ranks
 from hesscope.problem import Problem
 
-TIMEOUT = 60.0
 #: What has to be the same on every rank, in words.
 _SAME = {"weights": "model", "data": "data", "settings": "loss, objective, dropout and seed", "versions": "packages"}
 

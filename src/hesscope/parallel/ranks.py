@@ -26,6 +26,8 @@ T = TypeVar("T")
 #: Tensors travel in pieces of so many bytes: few enough to pack, large enough that a piece's fixed cost is nothing.
 _PIECE = 64 * 2**20
 _SLICE = 1.0
+#: Seconds of silence after which a rank counts as lost, where nothing else is said.
+TIMEOUT = 60.0
 _NUMBERS = count()
 
 

@@ -6,26 +6,60 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError
 from hesscope.models import find_trunk, is_sharded
+from hesscope.models.empty import Slot, is_empty, slots
+from hesscope.parallel.ranks import TIMEOUT, Ranks
 
 
 def fully_shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     """Divide a model's weights among the ranks, each block of its trunk by itself and the rest together, in place.
 
     It is `torch.distributed.fsdp.fully_shard` called on every block and then on the model; a script may as well do that itself,
-    or hand over a model that training has divided. Every rank has loaded the whole model before, with the same weights.
+    or hand over a model that training has divided. Either every rank has loaded the model, with the same weights, or rank 0 has
+    and others bring it empty, made on the meta device: rank 0 then gives out its weights, a block at a time, and no other rank
+    ever holds more of them than its own and one block.
 
     Args:
         mesh: of one dimension, or of two, with names, for hybrid sharding (replicas, shards); all ranks in one dimension by default.
 
     Raises:
-        HesscopeError: no process group, a model without a list of like blocks, or one that is divided already.
-    """
-    from torch.distributed.fsdp import fully_shard
+        HesscopeError: no process group, a model without a list of like blocks, one that is divided already, or empty models that
+            are not rank 0's, with all ranks in the mesh.
 
+    Example:
+        >>> import torch, torch.distributed as dist, hesscope as hs
+        >>> from hesscope.assets import model_path
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)    # torchrun: without arguments
+        >>> if dist.get_rank() == 0:
+        ...     model = AutoModelForCausalLM.from_pretrained(model_path())
+        ... else:
+        ...     with torch.device("meta"):
+        ...         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path()))
+        >>> type(hs.fully_shard_model(model.eval()).get_input_embeddings().weight).__name__
+        'DTensor'
+        >>> dist.destroy_process_group()
+    """
     if not dist.is_initialized():
         raise HesscopeError("Expected an initialised process group; call torch.distributed.init_process_group first.")
+    if mesh is not None and mesh.size() != dist.get_world_size():
+        return shard_model(model, mesh, None)
+    ranks = Ranks(None, TIMEOUT)
+    try:
+        with ranks.watched():
+            shard_model(model, mesh, ranks)
+            ranks.any(False)  # nobody leaves, and takes the store along, while another still reads
+    finally:
+        ranks.close()
+    return model
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh | None, comm: Communicator | None) -> nn.Module:
+    """The same, through a communicator of all ranks of the mesh, or, without one, only with models that are loaded."""
+    from torch.distributed.fsdp import fully_shard
+
     if any(is_sharded(p) for p in model.parameters()):
         raise HesscopeError("Expected a model that is not divided yet; this one is, so leave fully_shard_model out.")
     trunk = find_trunk(model)
@@ -34,12 +68,51 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Mo
             f"Expected a model with a list of like blocks, but {type(model).__name__} has none; call "
             "torch.distributed.fsdp.fully_shard on what is to be gathered at a time."
         )
-    device = next(model.parameters()).device.type
+    missing = _to_give_out(model, comm)
+    device = comm.device_type if missing and comm is not None else next(model.parameters()).device.type
     mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
-    for block in trunk.blocks:
+    for i, block in enumerate(trunk.blocks):
+        missing = _give_out(missing, comm, f"{trunk.prefix}.{i}")
         fully_shard(block, mesh=mesh)
+    _give_out(missing, comm, None)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _to_give_out(model: nn.Module, comm: Communicator | None) -> list[Slot]:
+    """What rank 0 has to give to the others; nothing where all have loaded the model."""
+    if comm is None:
+        if is_empty(model):
+            raise HesscopeError(
+                "Expected a mesh of all ranks with models on the meta device; or load the model on each."
+            )
+        return []
+    own = slots(model)
+    found = comm.gathered((is_empty(model), [slot.outline() for slot in own]))
+    if not any(empty for empty, _ in found):
+        return []
+    if found[0][0]:
+        raise HesscopeError("Expected rank 0 to have loaded the model, but its weights are on the meta device.")
+    others = [rank for rank, (_, outline) in enumerate(found) if outline != found[0][1]]
+    if others:
+        raise HesscopeError(
+            f"Expected the same weights, shapes and dtypes on every rank, but rank {others[0]} has others than rank 0; make its model "
+            "from the same configuration, in the same dtype."
+        )
+    return own
+
+
+def _give_out(missing: list[Slot], comm: Communicator | None, prefix: str | None) -> list[Slot]:
+    """Give out what a module holds, or all; returns what is left."""
+    now = [slot for slot in missing if prefix is None or slot.inside(prefix)]
+    if now:
+        assert comm is not None
+        values = comm.on_first(lambda: [slot.tensor for slot in now])
+        for slot, value in zip(now, values, strict=True):
+            if slot.tensor.is_meta:
+                slot.put(value)
+    done = {id(slot) for slot in now}
+    return [slot for slot in missing if id(slot) not in done]
 
 
 def mesh_of(layout: str, device: str, ranks_per_node: int, probe_groups: int = 1) -> DeviceMesh:
