@@ -4,7 +4,8 @@
 
 A Llama of 29.5 million weights (width 512, 8 blocks, tied), 4 sequences of 64 tokens, all weights, float32, Lanczos with its basis.
 Every rank is a fresh process with one thread. Memory is resident memory above what it was before the model: held at rest, with
-the basis, and the peak of the run. Bytes are those that a rank sends in gathers and sums, counted at each, and over the network interface
+the basis, and the peak of the run; loading is the peak until the weights are divided, on rank 0, which alone makes the whole
+model, and on the other ranks. Bytes are those that a rank sends in gathers and sums, counted at each, and over the network interface
 `lo` (Linux) of all ranks together; the least is, with R ranks and b sequences a rank at most,
 
     (R - 1) / R * (b * (2 weights + 2 vector + 1 sum of the blocks) + (weights + vector + sum) of the rest) * 4 bytes.
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,13 @@ def main() -> None:
         return
     figures = {}
     print(
-        "ranks  sharded GB  held GB  peak GB  seconds a step  MB sent a product  of the least  on the wire, of the least"
+        "ranks  loading GB: rank 0, others  sharded GB  held GB  peak GB  seconds a step  MB sent a product  of the least  on the wire, of the least"
     )
     for ranks in given.ranks:
         found = figures[str(ranks)] = together(ranks, given.steps)
         moved = [found[key] / found["least"] if found["least"] else 1.0 for key in ("moved", "wire")]
         print(
-            f"{ranks:5}  {found['sharded'] / 1e9:10.3f}  {found['held'] / 1e9:7.3f}  {found['peak'] / 1e9:7.3f}  "
+            f"{ranks:5}  {found['loading'] / 1e9:18.3f}  {found['loading others'] / 1e9:6.3f}  {found['sharded'] / 1e9:10.3f}  {found['held'] / 1e9:7.3f}  {found['peak'] / 1e9:7.3f}  "
             f"{found['seconds']:14.2f}  {found['moved'] / 1e6:17.1f}  {moved[0]:12.3f}  {moved[1]:25.3f}"
         )
     print(f"written to {write_record('sharded', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
@@ -68,7 +70,7 @@ def together(ranks: int, steps: int) -> dict[str, Any]:
         raise SystemExit(f"{ranks} ranks failed")
     found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
     result: dict[str, Any] = found[0] | {key: max(f[key] for f in found) for key in ("held", "peak", "moved")}
-    return result
+    return result | {"loading others": max((f["loading"] for f in found[1:]), default=0)}
 
 
 def side(steps: int) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def side(steps: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     from hessian_product import make_model
+    from torch.distributed.fsdp import fully_shard
+    from transformers import LlamaForCausalLM  # noqa: F401  # part of the library's own memory
 
     import hesscope as hs
     from hesscope.algorithms.krylov import Krylov
@@ -84,12 +88,15 @@ def side(steps: int) -> dict[str, Any]:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     hs.hessian(hs.supervised(torch.nn.Linear(2, 3), [(torch.ones(4, 2), torch.zeros(4).long())])) @ torch.ones(9)
+    fully_shard(torch.nn.Linear(2, 3))
     before = reset_peak()
-    model = make_model(LENGTH)
+    with nullcontext() if dist.get_rank() == 0 else torch.device("meta"):
+        model = make_model(LENGTH)
     n = sum(p.numel() for p in model.parameters())
     blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     tokens = torch.randint(0, 8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     hs.fully_shard_model(model)
+    loading = peak_bytes() - before
     problem = hs.data_parallel(hs.causal_lm(model, tokens, batch_size=1))
     H = hs.hessian(problem, engine="streamed")
     store = sharded(model)
@@ -110,6 +117,7 @@ def side(steps: int) -> dict[str, Any]:
     return {
         "coordinates": n,
         "sharded": 4 * (n + steps * n) / ranks,  # weights and basis
+        "loading": loading,
         "held": held,
         "peak": peak,
         "seconds": lasted / (steps - 1),
