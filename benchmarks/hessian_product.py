@@ -3,7 +3,7 @@
     python benchmarks/hessian_product.py
 
 One batch of 4 sequences of 256 random tokens, float32, the mathematical form of SDPA on every side, so that the ratios
-compare products and not attention kernels. Each side runs in a fresh process.
+compare products and not attention kernels. Each side runs in fresh processes, in turns with the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 import torch
-from measuring import in_fresh_process, median, peak_bytes, reset_peak, seconds, write_record
+from measuring import in_turns, median, peak_bytes, reset_peak, seconds, write_record
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -128,12 +128,13 @@ def main() -> None:
     """Run every side in a fresh process, print, and write results/hessian_product.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=SIDES, help="run one side in this process and print its figures as JSON")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4, help="of a side in one process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of a side, in turns with the others")
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(run_side(arguments.side, arguments.repeats)))
         return
-    found = {s: in_fresh_process(__file__, "--side", s, "--repeats", str(arguments.repeats)) for s in SIDES}
+    found = in_turns(__file__, SIDES, arguments.repeats, arguments.rounds)
     packages = ["hesscope", "torch", "transformers", "hessian-eigenthings"]
     path = write_record("hessian_product", {"sides": found, "ratios": report(found)}, packages)
     print(f"written to {path.parent.name}/{path.name}")

@@ -3,8 +3,8 @@
     python benchmarks/lanczos.py
 
 All parameters, one batch of 4 sequences of 256 random tokens, float32, full reorthogonalisation, one start vector, the
-mathematical form of SDPA on both sides. Each side runs in a fresh process. hesscope goes over microbatches of one
-sequence, which changes no number and bounds what a product holds beside the kept graphs.
+mathematical form of SDPA on both sides. Each side runs in fresh processes, in turns with the others. hesscope runs as it is,
+and over microbatches of one sequence, which changes no number and bounds what a product holds beside the kept graphs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hessian_product import make_inputs, make_model, mean_loss
-from measuring import in_fresh_process, median, peak_bytes, reset_peak, seconds, write_record
+from measuring import in_turns, median, peak_bytes, reset_peak, seconds, write_record
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -96,15 +96,15 @@ def main() -> None:
     """Run every side in a fresh process, print, and write results/lanczos.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=(THEIRS, *OURS), help="run one side in this process and print its figures")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="of a side in one process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of a side, in turns with the others")
     arguments = parser.parse_args()
     if arguments.side == THEIRS:
         print(json.dumps(run_theirs(arguments.repeats)))
     elif arguments.side:
         print(json.dumps(run_ours(arguments.repeats, *OURS[arguments.side])))
     else:
-        sides = (THEIRS, *OURS)
-        found = {s: in_fresh_process(__file__, "--side", s, "--repeats", str(arguments.repeats)) for s in sides}
+        found = in_turns(__file__, (THEIRS, *OURS), arguments.repeats, arguments.rounds)
         packages = ["hesscope", "torch", "transformers", "hessian-eigenthings"]
         path = write_record("lanczos", {"sides": found, "ratios": report(found)}, packages)
         print(f"written to {path.parent.name}/{path.name}")

@@ -28,6 +28,23 @@ def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def in_turns(script: str, sides: tuple[str, ...], repeats: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Every side in a fresh process, one after the other, so many times: a machine that slows down slows all of them.
+
+    Times of all rounds are put together, and the largest peak counts.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for side in sides:
+            new = in_fresh_process(script, "--side", side, "--repeats", str(repeats))
+            known = found.setdefault(side, new)
+            if known is not new:
+                for key in {"seconds", "further"} & set(new):
+                    known[key] += new[key]
+                known["peak"] = max(known["peak"], new["peak"])
+    return found
+
+
 def reset_peak(device: str = "cpu") -> int:
     """Start a new high-water mark of memory; returns what is held now, in bytes: resident (Linux), or of tensors on a GPU.
 

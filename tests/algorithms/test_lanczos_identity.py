@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hesscope as hs
+from hesscope.algorithms.basis import Basis
 from spectra import SPECTRA, Counted, generic, symmetric
 
 F64 = torch.float64
@@ -47,6 +48,20 @@ def test_orthogonality_survives_products_with_noise_in_the_direction_of_the_basi
     Q = hs.lanczos(H, 30, keep_basis=True).basis
     assert Q is not None
     torch.testing.assert_close(Q.T @ Q, torch.eye(30, dtype=F64), rtol=0, atol=1e-13)
+
+
+def test_a_basis_that_has_to_grow_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = hs.operator(symmetric(SPECTRA["indefinite"]))
+    expected = hs.lanczos(A, 20, keep_basis=True).basis
+    monkeypatch.setattr("hesscope.algorithms.basis.available_bytes", lambda device: 0)
+    grown: list[int] = []
+    grow = Basis._grow
+    monkeypatch.setattr(Basis, "_grow", lambda self, name: (grown.append(self.m), grow(self, name))[1])
+    found = hs.lanczos(A, 20, keep_basis=True).basis
+    assert grown == [8, 13]
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
 
 
 def test_float32_identity() -> None:

@@ -106,3 +106,15 @@ def test_one_row_of_tiles_stands_for_all_where_only_the_peak_is_asked(name: str)
     every, one = (runs.product(lambda: make_engine(name), checked=False, peak_alone=p) for p in (False, True))
     assert one.peak == pytest.approx(every.peak, rel=0.02)
     assert one.product.operations < every.product.operations
+
+
+def test_a_plan_says_where_its_seconds_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = hs.supervised(nn.Linear(2, 3), [(torch.ones(4, 2), torch.zeros(4).long())])
+    engine = ["reverse-over-reverse"]
+    said = "operations timed one by one, and a product on a short sequence"
+    assert hs.plan(problem, engines=engine).basis_of_time == said
+    monkeypatch.setattr("hesscope.planning.speed._LONG", 0.0)
+    assert hs.plan(problem, engines=engine).basis_of_time == said.replace(
+        "operations timed one by one", "rates of this machine"
+    )
+    assert hs.plan(problem, engines=engine, measure=False).basis_of_time.startswith("rates of this machine alone")

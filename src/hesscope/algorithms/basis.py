@@ -81,7 +81,7 @@ class Basis:
         self._space, self._home, self._capacity = space, home, capacity
         self.m = 0
         self._scale = None if home.dtype is None else math.sqrt(space.size)
-        rows = capacity if home.folder is not None else min(_FIRST_ROWS, capacity)
+        rows = capacity if home.folder is not None else min(self._first_rows(), capacity)
         self._rows: Vectors = {c.name: self._allocate(rows, c.shape, c.device) for c in space.coordinates}
 
     @property
@@ -173,6 +173,13 @@ class Basis:
         if self._scale is None:
             return part
         return {name: rows.to(self._space.dtype).div_(self._scale) for name, rows in part.items()}
+
+    def _first_rows(self) -> int:
+        """Main memory is not taken before it is touched, so that a basis there hardly ever has to grow, which copies it."""
+        if (self._home.device or self._space.device).type != "cpu":
+            return _FIRST_ROWS
+        row = max(self._space.size * self._home.itemsize(self._space), 1)
+        return max(_FIRST_ROWS, self._home.free_bytes(self._space) // 2 // row)
 
     def _grow(self, name: str) -> None:
         rows = self._rows[name]

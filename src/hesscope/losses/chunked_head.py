@@ -75,6 +75,14 @@ class ChunkedHead:
         self.slices = form.slices(len(h_Td), W_Vd)
         #: Sums over chunks and everything of a chunk's logits' size.
         self.wide = W_Vd.dtype if W_Vd.itemsize >= 4 else torch.float32
+        self._rooms: dict[str, Tensor] = {}
+
+    def room(self, name: str, rows: slice) -> Tensor:
+        """Memory for a chunk's tensor of that name: every chunk has the same, for new memory costs the time to touch it."""
+        if name not in self._rooms:
+            most = max((s.stop - s.start for s in self.slices), default=0)
+            self._rooms[name] = self.h_Td.new_empty(most, len(self.W_Vd), dtype=self.wide)
+        return self._rooms[name][: rows.stop - rows.start]
 
     def keep(self) -> int:
         """Keep the projection's output if the form says so; returns its bytes."""
@@ -87,9 +95,9 @@ class ChunkedHead:
         return kept_TV.nbytes
 
     def projected(self, rows: slice) -> Tensor:
-        """The projection's output; in memory of its own."""
+        """The projection's output, in memory that may be written to until the next chunk."""
         if self.kept_TV is not None:
-            return self.kept_TV[rows].clone()
+            return self.room("projected", rows).copy_(self.kept_TV[rows])
         with unrounded():
             return F.linear(self.h_Td[rows], self.W_Vd, self.b_V).to(self.wide)
 
@@ -113,15 +121,24 @@ class ChunkedHead:
         ]
 
     def tangent(self, rows: slice, u_h: Tensor | None, u_W: Tensor | None, u_b: Tensor | None) -> Tensor:
-        """q = u_h W^T + h u_W^T + u_b, the projection's derivative along u; None is zero."""
+        """q = u_h W^T + h u_W^T + u_b, the projection's derivative along u; None is zero. Its memory is as `projected`'s."""
         q_TV: Tensor | None = None
         for x, y in ((u_h, self.W_Vd), (self.h_Td, u_W)):
             if x is not None and y is not None:
-                q_TV = F.linear(x[rows], y) if q_TV is None else q_TV.addmm_(x[rows], y.T)
+                q_TV = self._product(x[rows], y, rows) if q_TV is None else q_TV.addmm_(x[rows], y.T)
         if q_TV is None:
             q_TV = self.h_Td.new_zeros(len(self.h_Td[rows]), len(self.W_Vd))
         q_TV = q_TV.to(self.wide)
         return q_TV if u_b is None else q_TV.add_(u_b)
+
+    def _product(self, x: Tensor, y: Tensor, rows: slice) -> Tensor:
+        if x.dtype == y.dtype == self.wide:
+            return torch.mm(x, y.T, out=self.room("tangent", rows))
+        return F.linear(x, y)
+
+    def dot(self, x_TV: Tensor, y_TV: Tensor, rows: slice) -> Tensor:
+        """The inner product of two tensors of the logits' shape, for every token."""
+        return torch.mul(x_TV, y_TV, out=self.room("dot", rows)).sum(-1)
 
     def add_transposed(self, into: Parts, rows: slice, A_TV: Tensor, x_Td: Tensor, W_Vd: Tensor) -> None:
         """Add A W to the rows of h's part, A^T x to W's, and the column sums of A to b's."""

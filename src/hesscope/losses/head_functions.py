@@ -133,13 +133,13 @@ def _add_second_order(
     z_TV, first, second = head.form.map.expanded(head.projected(rows))
     p_TV = z_TV.sub_(normaliser_T[rows, None]).exp_()
     r_TV = scaled(q_TV.clone() if along is not None or second is not None else q_TV, first)
-    r_TV = scaled(r_TV.sub_(torch.linalg.vecdot(p_TV, r_TV)[:, None]).mul_(p_TV), first)
+    r_TV = scaled(r_TV.sub_(head.dot(p_TV, r_TV, rows)[:, None]).mul_(p_TV), first)
     residual_TV = head.less_target(p_TV, rows)
     if second is not None:
         r_TV += second * residual_TV * q_TV
     A_TV = scaled(residual_TV, first)
     if along is not None:
-        along += torch.linalg.vecdot(A_TV, q_TV).sum(dtype=torch.float64)
+        along += head.dot(A_TV, q_TV, rows).sum(dtype=torch.float64)
     head.add_transposed(into, rows, r_TV, head.h_Td[rows], head.W_Vd)
     # A u_W and A^T u_h
     parts = [into[0] if u_W is not None else None, into[1] if u_h is not None else None, None]

@@ -285,9 +285,15 @@ def _would_fit(
 def _basis_of_time(found: dict[str, DryProduct], measured: dict[str, Trial]) -> str:
     if not measured:
         return "rates of this machine alone; nothing of this model was run"
-    without = [name for name in found if name not in measured]
-    rest = f"; of {', '.join(without)} from the operations alone" if without else ""
-    return f"operations timed one by one, and a product on a short sequence{rest}"
+    timed = [name for name, known in measured.items() if known.product.timed]
+    ways = {
+        "operations timed one by one, and a product on a short sequence": timed,
+        "rates of this machine, and a product on a short sequence": [name for name in measured if name not in timed],
+        "the operations alone": [name for name in found if name not in measured],
+    }
+    used = {way: names for way, names in ways.items() if names}
+    first = next(iter(used))
+    return "; ".join([first, *(f"of {', '.join(names)} from {way}" for way, names in used.items() if way != first)])
 
 
 def _provenance(problem: Problem, space: Space, operator: str, precision: str | None) -> dict[str, Any]:

@@ -130,11 +130,16 @@ class Pace:
     beside: float = 0.0
     operations: float = 0.0
 
+    @property
+    def timed(self) -> bool:
+        """Whether the operations were timed one by one, in place of what rates say of them."""
+        return self.operations > 0
+
     def seconds(self, clock: Clock, work: Work) -> float:
         """What the work takes; nothing takes none."""
         if work.operations == 0:
             return 0.0
-        more = max(0.0, work.operations - self.operations) if self.operations else 0.0
+        more = max(0.0, work.operations - self.operations) if self.timed else 0.0
         return self.factor * clock.seconds(work) + self.beside + more * clock.rates.overhead
 
 
