@@ -5,12 +5,15 @@ So nothing is agreed on beforehand: in every round each process says what it wan
 what the largest of these wishes needs, and who wanted something else asks again. Processes that do the same work ask as one, and a
 round then costs a number beside what it moves. A process that waits for the others in any other way first has to `serve`.
 
+What is wanted is a run of tensors that follow one another in a table, such as the weights of a block: small ones travel together.
+
 Rows are divided as `torch.distributed.fsdp.fully_shard` divides them: ceil(rows / processes) each, the last ones fewer or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PARTS = 2**24
+#: The most tensors of a table, and of a run.
+_PARTS, _RUN = 2**24, 2**10
+#: Tensors of a run have at most so many bytes together; a larger one travels alone, where it needs no packing.
+_PACKED = 32 * 2**20
 # Their names from torch 2.13 on, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -31,6 +37,11 @@ class Table:
 
     parts: Sequence[Tensor]
     rows: Sequence[int]
+
+    def nbytes(self, part: int) -> int:
+        """Of all rows of a part."""
+        own = self.parts[part]
+        return self.rows[part] * math.prod(own.shape[1:]) * own.itemsize
 
 
 class Exchange:
@@ -65,15 +76,35 @@ class Exchange:
         """Let go of a table."""
         del self._tables[number]
 
-    def gather(self, number: int, part: int) -> Tensor:
-        """All rows of a part, new or (of one process) its own."""
-        found = self._until(_code(number, part, _GATHER), None)
-        assert found is not None
-        return found
+    def gather(self, number: int, parts: Sequence[int]) -> list[Tensor]:
+        """All rows of some parts, each new or (of one process) its own."""
+        found: dict[int, Tensor] = {}
+        for run in self._runs(number, parts):
+            wholes = self._until(_code(number, run, _GATHER), None)
+            assert wholes is not None
+            found |= zip(run, wholes, strict=True)
+        return [found[part] for part in parts]
 
-    def add(self, number: int, part: int, whole: Tensor) -> None:
-        """Add to the rows that each process holds of a part."""
-        self._until(_code(number, part, _ADD), whole)
+    def add(self, number: int, wholes: Mapping[int, Tensor]) -> None:
+        """Add to the rows that each process holds of some parts."""
+        for run in self._runs(number, list(wholes)):
+            self._until(_code(number, run, _ADD), [wholes[part] for part in run])
+
+    def _runs(self, number: int, parts: Sequence[int]) -> Iterator[range]:
+        """Parts, in the order of the table, in runs that travel together."""
+        table = self._tables[number]
+        start, stop, size = 0, 0, 0
+        for part in sorted(parts):
+            more, kind = table.nbytes(part), table.parts[part].dtype
+            follows = stop > start and part == stop and part - start < _RUN and kind == table.parts[start].dtype
+            if follows and size + more <= _PACKED:
+                stop, size = part + 1, size + more
+                continue
+            if stop > start:
+                yield range(start, stop)
+            start, stop, size = part, part + 1, more
+        if stop > start:
+            yield range(start, stop)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of the processes' tensors; all of them call it, and serve before."""
@@ -98,15 +129,15 @@ class Exchange:
         while self.size > 1 and self._round(0, None)[0]:
             pass
 
-    def _until(self, code: int, whole: Tensor | None) -> Tensor | None:
+    def _until(self, code: int, wholes: Sequence[Tensor] | None) -> list[Tensor] | None:
         if self.size == 1:
-            return self._done(code, whole)
+            return self._done(code, wholes)
         while True:
-            served, found = self._round(code, whole)
+            served, found = self._round(code, wholes)
             if served == code:
                 return found
 
-    def _round(self, code: int, whole: Tensor | None) -> tuple[int, Tensor | None]:
+    def _round(self, code: int, wholes: Sequence[Tensor] | None) -> tuple[int, list[Tensor] | None]:
         """What was done, 0 for nothing, and what was gathered."""
         wish = torch.tensor([code], dtype=torch.int64, device=self._device)
         self.wait(dist.all_reduce(wish, dist.ReduceOp.MAX, group=self.group, async_op=True))
@@ -115,48 +146,69 @@ class Exchange:
             return 0, None
         self.rounds += 1
         try:
-            return chosen, self._done(chosen, whole if chosen == code else None)
+            return chosen, self._done(chosen, wholes if chosen == code else None)
         except Exception as error:
             raise self.failed(error) from error
 
-    def _done(self, code: int, whole: Tensor | None) -> Tensor | None:
-        number, part, kind = code // _PARTS // 4, code // 4 % _PARTS, code % 4
+    def _done(self, code: int, wholes: Sequence[Tensor] | None) -> list[Tensor] | None:
+        number, run, kind = _decoded(code)
         table = self._tables[number]
-        own, rows = table.parts[part], table.rows[part]
+        own, rows = [table.parts[part] for part in run], [table.rows[part] for part in run]
         if kind == _GATHER:
             return self._gathered(own, rows)
-        self._added(own, rows, whole)
+        self._added(own, rows, wholes)
         return None
 
-    def _gathered(self, own: Tensor, rows: int) -> Tensor:
+    def _gathered(self, own: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
         if self.size == 1:
-            return own
-        each = -(-rows // self.size)
-        mine = own.to(self._device).contiguous()
-        if len(own) < each:
-            mine = torch.cat([mine, mine.new_zeros(each - len(own), *own.shape[1:])])
-        found = mine.new_empty(each * self.size, *own.shape[1:])
-        self.wait(_all_gather(found, mine, group=self.group, async_op=True))
-        self.moved_bytes += found.nbytes - mine.nbytes
-        return found[:rows].to(own.device)
+            return list(own)
+        each = [-(-n // self.size) for n in rows]
+        mine = [_padded(x.to(self._device), n) for x, n in zip(own, each, strict=True)]
+        packed = mine[0].view(-1) if len(mine) == 1 else torch.cat([x.view(-1) for x in mine])
+        found = packed.new_empty(self.size, len(packed))
+        self.wait(_all_gather(found.view(-1), packed, group=self.group, async_op=True))
+        self.moved_bytes += found.nbytes - packed.nbytes
+        wholes = []
+        for i, part in enumerate(torch.split(found, [x.numel() for x in mine], 1)):
+            whole = part.reshape(self.size * each[i], *own[i].shape[1:])
+            wholes.append(whole[: rows[i]].to(own[i].device))
+        return wholes
 
-    def _added(self, own: Tensor, rows: int, whole: Tensor | None) -> None:
+    def _added(self, own: Sequence[Tensor], rows: Sequence[int], wholes: Sequence[Tensor] | None) -> None:
         if self.size == 1:
-            assert whole is not None
-            own += whole
+            assert wholes is not None
+            for x, whole in zip(own, wholes, strict=True):
+                x += whole
             return
-        each = -(-rows // self.size)
-        padded = torch.zeros(each * self.size, *own.shape[1:], dtype=own.dtype, device=self._device)
-        if whole is not None:
-            padded[:rows] = whole
-        mine = padded.new_empty(each, *own.shape[1:])
-        self.wait(_reduce_scatter(mine, padded, group=self.group, async_op=True))
-        self.moved_bytes += padded.nbytes - mine.nbytes
-        own += mine[: len(own)].to(own.device)
+        each = [-(-n // self.size) for n in rows]
+        sizes = [n * math.prod(x.shape[1:]) for n, x in zip(each, own, strict=True)]
+        packed = torch.zeros(self.size, sum(sizes), dtype=own[0].dtype, device=self._device)
+        for part, n, whole in zip(torch.split(packed, sizes, 1), each, wholes or (), strict=wholes is not None):
+            for rank in range(self.size):
+                some = whole[rank * n : (rank + 1) * n]
+                part[rank, : some.numel()] = some.reshape(-1)
+        mine = packed.new_empty(sum(sizes))
+        self.wait(_reduce_scatter(mine, packed.view(-1), group=self.group, async_op=True))
+        self.moved_bytes += packed.nbytes - mine.nbytes
+        for x, part in zip(own, torch.split(mine, sizes), strict=True):
+            x += part[: x.numel()].view(x.shape).to(x.device)
 
 
-def _code(number: int, part: int, kind: int) -> int:
-    return (number * _PARTS + part) * 4 + kind
+def _padded(own: Tensor, rows: int) -> Tensor:
+    """A process's rows, with zeros to the number that everybody sends."""
+    own = own.contiguous()
+    return own if len(own) == rows else torch.cat([own, own.new_zeros(rows - len(own), *own.shape[1:])])
+
+
+def _code(number: int, run: range, kind: int) -> int:
+    return ((number * _PARTS + run.start) * _RUN + len(run) - 1) * 4 + kind
+
+
+def _decoded(code: int) -> tuple[int, range, int]:
+    rest, kind = divmod(code, 4)
+    rest, count = divmod(rest, _RUN)
+    number, start = divmod(rest, _PARTS)
+    return number, range(start, start + count + 1), kind
 
 
 def own_rows(rows: int, rank: int, size: int) -> slice:

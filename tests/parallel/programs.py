@@ -237,10 +237,10 @@ def sharded_facts(folder: Path) -> dict[str, Any]:
     H = hs.hessian(problem, space)
     v = space.gaussian(0, [0])
     H.matmat(v)  # with the check before the first
-    before = exchange.moved_bytes
+    before, rounds = exchange.moved_bytes, exchange.rounds
     H.matmat(v)
     found["numbers"] = sum(part.numel() for part in v.values())
-    found["moved"] = exchange.moved_bytes - before
+    found["moved"], found["rounds"] = exchange.moved_bytes - before, exchange.rounds - rounds
     parameters = dict(plain.model.named_parameters())
     given = {name: parameters[name].detach() + 1.0 for name in space.names}
     product = H @ given

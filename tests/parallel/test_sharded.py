@@ -19,6 +19,7 @@ from test_data_parallel import Found, assert_same_result, differences
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.cli.main import run
+from hesscope.exchange import Exchange, Table, _code, _decoded
 from oracles import relative
 
 #: Where the streamed engine, which divided weights choose, leads to another way or to other costs than double backward.
@@ -81,6 +82,21 @@ def test_a_product_moves_little_more_than_the_least(two: list[dict[str, Any]]) -
     least = 8 * (2 * 2 * blocks + 2 * (n - blocks) + n) // 2
     for rank in two:
         assert least <= rank["sharded_facts"]["moved"] <= 1.1 * least
+
+
+def test_tensors_travel_together_where_they_follow_one_another_and_are_small(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = Exchange(dist.group.WORLD)
+    parts = [torch.full((2, 3), float(i), dtype=torch.float64 if i == 5 else torch.float32) for i in range(8)]
+    number = exchange.register(Table(parts, [2] * 8))
+    assert list(exchange._runs(number, [2, 0, 1, 4, 5, 6, 7])) == [range(3), range(4, 5), range(5, 6), range(6, 8)]
+    assert [x[0, 0] for x in exchange.gather(number, [6, 0, 5])] == [6.0, 0.0, 5.0]
+    monkeypatch.setattr("hesscope.exchange._PACKED", 50)
+    assert list(exchange._runs(number, range(5))) == [range(2), range(2, 4), range(4, 5)]
+    assert list(exchange._runs(number, [])) == []
+    for some in (range(3, 4), range(7, 1031)):
+        assert _decoded(_code(number, some, 2)) == (number, some, 2)
 
 
 def test_a_vector_of_dtensors_gives_its_like(two: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
 import torch
@@ -111,6 +111,12 @@ class ValuesOnDemand(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._store.load(name) if self._elsewhere(name) else self._parameters[name].detach()  # type: ignore[union-attr]
+
+    def several(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of them, brought together."""
+        brought = [name for name in names if self._elsewhere(name)]
+        found = self._store.load_several(brought) if self._store is not None and brought else {}
+        return {name: found[name] if name in found else self._parameters[name].detach() for name in names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

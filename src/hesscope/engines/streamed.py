@@ -110,7 +110,8 @@ class StreamedBatch(Linearization):
         return len(self._plan.trunk.blocks) - self._plan.start
 
     def _picked(self, names: dict[str, str]) -> Values:
-        return {local: self._values[name] for local, name in names.items()}
+        found = self._values.several(list(names.values()))
+        return {local: found[name] for local, name in names.items()}
 
     def _block(self, i: int) -> _Piece:
         """The i-th of the blocks that a derivative reaches, with its parameters and its input."""
@@ -257,18 +258,15 @@ class StreamedBatch(Linearization):
     def _part(self, V: Vectors, k: int, names: dict[str, str]) -> Values:
         """The part of the k-th vector that belongs to a piece, as whole parameters."""
         wanted = {name: local for local, name in names.items()}
-        return {
-            wanted[c.name]: c.scatter(vectors.part_of(V, c.name, k)).to(self._values.device(c.name), c.dtype)
-            for c in self._space.coordinates
-            if c.name in wanted
-        }
+        own = [c for c in self._space.coordinates if c.name in wanted]
+        parts = vectors.parts_of(V, [c.name for c in own], k)
+        return {wanted[c.name]: c.scatter(parts[c.name]).to(self._values.device(c.name), c.dtype) for c in own}
 
     def _add(self, parts: Values, names: dict[str, str], k: int, into: Vectors) -> None:
         by_name = {names[local]: part for local, part in parts.items()}
         self._used |= set(by_name)
-        for c in self._space.coordinates:
-            if c.name in by_name:
-                vectors.add_part(into, c.name, k, c.gather(by_name[c.name].detach()).to(c.device))
+        own = [c for c in self._space.coordinates if c.name in by_name]
+        vectors.add_parts(into, k, {c.name: c.gather(by_name[c.name].detach()).to(c.device) for c in own})
 
 
 def _brought(resting: list[Resting | None]) -> list[Tensor | None]:

@@ -88,6 +88,10 @@ class Offloaded:
         self._brought[storage_key(found)] = (ref(found), name)
         return found
 
+    def load_several(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some weights' values."""
+        return {name: self.load(name) for name in names}
+
     @contextmanager
     def hooks_bring_what_is_missing(self) -> Iterator[None]:
         """Inside, a module's hook leaves parameters alone that have values; may be entered again inside."""

@@ -76,18 +76,22 @@ class Sharded:
 
     def load(self, name: str) -> Tensor:
         """All of a weight; every process takes part."""
-        if self._held is not None and name in self._to_hold:
-            if name not in self._held:
-                self._held[name] = self._gathered(name)
-            return self._held[name].detach()
-        return self._gathered(name).detach()
+        return self.load_several([name])[name]
 
-    def _gathered(self, name: str) -> Tensor:
-        axis = self._axes[name]
-        if axis is None:
-            return local_rows(self._all[name])
-        found = self.exchange.gather(self._table, self._index[name])
-        return found if axis == 0 else found.movedim(0, axis).contiguous()
+    def load_several(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """All of some weights, together."""
+        held = self._held or {}
+        missing = [name for name in dict.fromkeys(names) if name not in held]
+        divided = [name for name in missing if self._axes[name] is not None]
+        found = {name: local_rows(self._all[name]) for name in missing if self._axes[name] is None}
+        for name, rows in zip(
+            divided, self.exchange.gather(self._table, [self._index[n] for n in divided]), strict=True
+        ):
+            axis = self._axes[name]
+            found[name] = rows if not axis else rows.movedim(0, axis).contiguous()
+        if self._held is not None:
+            self._held |= {name: value for name, value in found.items() if name in self._to_hold}
+        return {name: (held[name] if name in held else found[name]).detach() for name in names}
 
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
@@ -128,14 +132,16 @@ class Sharded:
             depths.append(len(self._standing))
             if getattr(owner.forward, STANDS_IN, False):
                 return
+            missing: list[tuple[nn.Module, str, str]] = []
             for path, name in local.items():
                 inside, _, own = path.rpartition(".")
                 holder = owner.get_submodule(inside)
                 if is_sharded(holder._parameters[own]):
-                    value = self.load(name)
-                    if name in self.differentiated:
-                        value.requires_grad_()
-                    self._standing.put(holder, own, value)
+                    missing.append((holder, own, name))
+            values = self.load_several([name for _, _, name in missing])
+            for holder, own, name in missing:
+                value = values[name].detach()
+                self._standing.put(holder, own, value.requires_grad_() if name in self.differentiated else value)
 
         def after(owner: nn.Module, args: Any, output: Any) -> None:
             self._standing.leave(depths.pop())

@@ -6,7 +6,7 @@ and nothing else of the algebra notices. Parts of single coordinates are not div
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ class Division:
                 continue
             first = part.transpose(0, 1).contiguous()  # rows first
             table = self.exchange.register(Table([first], [self.lengths[name]]))
-            whole = self.exchange.gather(table, 0)
+            (whole,) = self.exchange.gather(table, [0])
             self.exchange.release(table)
             found[name] = whole.transpose(0, 1).contiguous() if keep else part[:0]
         return found
@@ -62,7 +62,7 @@ class Division:
 
     @contextmanager
     def exchanged(
-        self, V: Vectors, sums: Vectors, held: Collection[str]
+        self, V: Vectors, sums: Vectors, held: Set[str]
     ) -> Iterator[tuple[Vectors, Vectors, Callable[[], None]]]:
         """V whose parts are gathered when they are asked for, and what adds to the rows of `sums` that each process has.
 
@@ -70,38 +70,37 @@ class Division:
         ask for the same, but all have to have finished before any leaves.
         """
         count, names = vectors.count(V), list(self.rows)
-        lengths = [self.lengths[name] for name in names for _ in range(count)]
+        lengths = [self.lengths[name] for name in names] * count
         read, write = (
-            self.exchange.register(Table([X[name][k] for name in names for k in range(count)], lengths))
+            self.exchange.register(Table([X[name][k] for k in range(count) for name in names], lengths))
             for X in (V, sums)
         )
-        places = {(name, k): i * count + k for i, name in enumerate(names) for k in range(count)}
+        places = {(name, k): k * len(names) + i for i, name in enumerate(names) for k in range(count)}
         brought: dict[tuple[str, int], Tensor] = {}
         given: dict[tuple[str, int], Tensor] = {}
 
-        def bring(name: str, k: int) -> Tensor:
-            if name not in self.rows:
-                return V[name][k]
-            if (name, k) in brought:
-                return brought[name, k]
-            found = self.exchange.gather(read, places[name, k])
-            if name in held:
-                brought[name, k] = found
-            return found
+        def bring(names: Sequence[str], k: int) -> Vectors:
+            missing = [name for name in names if name in self.rows and (name, k) not in brought]
+            found = dict(zip(missing, self.exchange.gather(read, [places[name, k] for name in missing]), strict=True))
+            brought.update({(name, k): part for name, part in found.items() if name in held})
+            return {
+                name: V[name][k] if name not in self.rows else found[name] if name in found else brought[name, k]
+                for name in names
+            }
 
-        def give(name: str, k: int, part: Tensor) -> None:
-            if name not in self.rows:
-                sums[name][k] += part
-            elif name not in held:
-                self.exchange.add(write, places[name, k], part)
-            elif (name, k) in given:
-                given[name, k] += part
-            else:
-                given[name, k] = part.to(sums[name].dtype, copy=True)
+        def give(k: int, parts: Vectors) -> None:
+            for name in parts.keys() - self.rows.keys():
+                sums[name][k] += parts[name]
+            divided = {name: part for name, part in parts.items() if name in self.rows}
+            for name in divided.keys() & held:
+                if (name, k) in given:
+                    given[name, k] += divided[name]
+                else:
+                    given[name, k] = divided[name].to(sums[name].dtype, copy=True)
+            self.exchange.add(write, {places[name, k]: part for name, part in divided.items() if name not in held})
 
         def give_rest() -> None:
-            for at, part in given.items():
-                self.exchange.add(write, places[at], part)
+            self.exchange.add(write, {places[at]: part for at, part in given.items()})
             given.clear()
 
         try:

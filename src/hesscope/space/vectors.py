@@ -56,34 +56,35 @@ class ColumnsOf(Vectors):
 
 
 class OnDemand(Vectors):
-    """Vectors that are brought, part by part, whenever they are asked for; `bring(name, k)` finds a part of one."""
+    """Vectors that are brought, some parts at a time, whenever they are asked for; `bring(names, k)` finds parts of one."""
 
-    def __init__(self, like: Vectors, bring: Callable[[str, int], Tensor]) -> None:
+    def __init__(self, like: Vectors, bring: Callable[[Sequence[str], int], Vectors]) -> None:
         super().__init__(like)
         self.bring = bring
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.stack([self.bring(name, k) for k in range(count(self))])
+        return torch.stack([self.bring([name], k)[name] for k in range(count(self))])
 
 
 class Passed(Vectors):
-    """Sums that go elsewhere part by part, by `give(name, k, part)`."""
+    """Sums that go elsewhere, some parts at a time, by `give(k, parts)`."""
 
-    def __init__(self, like: Vectors, give: Callable[[str, int, Tensor], None]) -> None:
+    def __init__(self, like: Vectors, give: Callable[[int, Vectors], None]) -> None:
         super().__init__(dict.fromkeys(like))  # type: ignore[arg-type]
         self.give = give
 
 
-def part_of(V: Vectors, name: str, k: int) -> Tensor:
-    """A parameter's part of the k-th vector."""
-    return V.bring(name, k) if isinstance(V, OnDemand) else V[name][k]
+def parts_of(V: Vectors, names: Sequence[str], k: int) -> Vectors:
+    """Some parameters' parts of the k-th vector."""
+    return V.bring(names, k) if isinstance(V, OnDemand) else {name: V[name][k] for name in names}
 
 
-def add_part(into: Vectors, name: str, k: int, part: Tensor) -> None:
-    """Add to a parameter's part of the k-th sum."""
+def add_parts(into: Vectors, k: int, parts: Vectors) -> None:
+    """Add to some parameters' parts of the k-th sum."""
     if isinstance(into, Passed):
-        into.give(name, k, part)
-    else:
+        into.give(k, parts)
+        return
+    for name, part in parts.items():
         into[name][k] += part
 
 
