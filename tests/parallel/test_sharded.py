@@ -82,6 +82,8 @@ def test_a_product_moves_little_more_than_the_least(two: list[dict[str, Any]]) -
     least = 8 * (2 * 2 * blocks + 2 * (n - blocks) + n) // 2
     for rank in two:
         assert least <= rank["sharded_facts"]["moved"] <= 1.1 * least
+        # Each of these is one collective; two for what is outside, before and after the blocks.
+        assert rank["sharded_facts"]["rounds"] == len(model.transformer.h) * (2 + 2 + 1) + 2 * 3
 
 
 def test_tensors_travel_together_where_they_follow_one_another_and_are_small(

@@ -93,7 +93,10 @@ def test_less_memory_fits_less() -> None:
     )
     assert little.would_fit["batch_size"] < much.would_fit["batch_size"]
     assert little.would_fit["basis"] < much.would_fit["basis"]
-    assert not hs.plan(problem, measure=False, engines=["streamed"], memory=MB).engines["streamed"]["fits"]
+
+
+def test_next_to_no_memory_fits_nothing(rows_alone: None) -> None:
+    assert not hs.plan(wide(), measure=False, engines=["streamed"], memory=MB).engines["streamed"]["fits"]
 
 
 def test_auto_takes_the_streamed_engine_where_the_graph_does_not_fit(rows_alone: None) -> None:

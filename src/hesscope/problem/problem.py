@@ -202,11 +202,11 @@ class Problem:
         self, function: Callable[[nn.Module, Any], Any], b: int, replaced: dict[str, Tensor] | None, copies: int = 1
     ) -> Any:
         """function(model, batch b) in the state in which the batch is run; parameters not replaced are constants."""
+        store = elsewhere(self.model)
+        wanted = [name for name in self.outside if name not in (replaced or {})]
+        brought = store.load_several(sorted(wanted)) if store is not None and wanted else {}
         fixed = {
-            name: values_of(self.model, name, p)
-            if name in self.outside and name not in (replaced or {})
-            else p.detach()
-            for name, p in named_parameters(self.model).items()
+            name: brought[name] if name in brought else p.detach() for name, p in named_parameters(self.model).items()
         }
         state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
         batch = self.on_device(b)
