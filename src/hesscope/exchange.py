@@ -7,7 +7,7 @@ round then costs a number beside what it moves. A process that waits for the oth
 
 What is wanted is a run of tensors that follow one another in a table, such as the weights of a block: small ones travel together.
 
-Rows are divided as `torch.distributed.fsdp.fully_shard` divides them: ceil(rows / processes) each, the last ones fewer or none.
+Vectors are divided by rows as `torch.distributed.fsdp.fully_shard` divides them, weights in any way; sums are of rows.
 """
 
 from __future__ import annotations
@@ -32,16 +32,69 @@ _GATHER, _ADD = 1, 2
 
 
 @dataclass(frozen=True)
+class ByRows:
+    """A tensor of so many rows, ceil(count / processes) of them with each process, the last ones fewer or none."""
+
+    count: int
+
+    def shape(self, own: Tensor) -> tuple[int, ...]:
+        """Of all of it."""
+        return self.count, *own.shape[1:]
+
+    def sent(self, own: Tensor, size: int) -> Tensor:
+        """What a process of so many sends, as many numbers as any other."""
+        return _padded(own, -(-self.count // size) * math.prod(own.shape[1:]))
+
+    def whole(self, received: Tensor, own: Tensor, size: int) -> Tensor:
+        """All of it, from what every process has sent, [size, numbers]."""
+        return received.reshape(size * -(-self.count // size), *own.shape[1:])[: self.count]
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """A tensor of which each process, in their order, has a box; several may have the same one."""
+
+    extent: tuple[int, ...]
+    boxes: tuple[tuple[slice, ...], ...]
+
+    def shape(self, own: Tensor) -> tuple[int, ...]:
+        """Of all of it."""
+        return self.extent
+
+    def sent(self, own: Tensor, size: int) -> Tensor:
+        """What a process sends, as many numbers as any other."""
+        return _padded(own, max(math.prod(_extent(box)) for box in self.boxes))
+
+    def whole(self, received: Tensor, own: Tensor, size: int) -> Tensor:
+        """All of it, from what every process has sent."""
+        found = received.new_empty(self.extent)
+        for box, numbers in zip(self.boxes, received, strict=True):
+            extent = _extent(box)
+            found[box] = numbers[: math.prod(extent)].view(extent)
+        return found
+
+
+def _extent(box: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(side.stop - side.start for side in box)
+
+
+def _padded(own: Tensor, numbers: int) -> Tensor:
+    """A tensor's numbers, and zeros up to so many."""
+    flat = own.reshape(-1)
+    return flat if len(flat) == numbers else torch.cat([flat, flat.new_zeros(numbers - len(flat))])
+
+
+@dataclass(frozen=True)
 class Table:
-    """Tensors of which this process holds some rows; `rows` are all of them."""
+    """Tensors of which this process holds some, and how each is divided."""
 
     parts: Sequence[Tensor]
-    rows: Sequence[int]
+    forms: Sequence[ByRows | Boxes]
 
     def nbytes(self, part: int) -> int:
-        """Of all rows of a part."""
+        """Of all of a tensor."""
         own = self.parts[part]
-        return self.rows[part] * math.prod(own.shape[1:]) * own.itemsize
+        return math.prod(self.forms[part].shape(own)) * own.itemsize
 
 
 class Exchange:
@@ -77,7 +130,7 @@ class Exchange:
         del self._tables[number]
 
     def gather(self, number: int, parts: Sequence[int]) -> list[Tensor]:
-        """All rows of some parts, each new or (of one process) its own."""
+        """All of some parts, each new or (of one process) its own."""
         found: dict[int, Tensor] = {}
         for run in self._runs(number, parts):
             wholes = self._until(_code(number, run, _GATHER), None)
@@ -86,7 +139,7 @@ class Exchange:
         return [found[part] for part in parts]
 
     def add(self, number: int, wholes: Mapping[int, Tensor]) -> None:
-        """Add to the rows that each process holds of some parts."""
+        """Add to the rows that each process holds of some parts, which are divided by rows."""
         for run in self._runs(number, list(wholes)):
             self._until(_code(number, run, _ADD), [wholes[part] for part in run])
 
@@ -153,26 +206,24 @@ class Exchange:
     def _done(self, code: int, wholes: Sequence[Tensor] | None) -> list[Tensor] | None:
         number, run, kind = _decoded(code)
         table = self._tables[number]
-        own, rows = [table.parts[part] for part in run], [table.rows[part] for part in run]
+        own, forms = [table.parts[part] for part in run], [table.forms[part] for part in run]
         if kind == _GATHER:
-            return self._gathered(own, rows)
-        self._added(own, rows, wholes)
+            return self._gathered(own, forms)
+        self._added(own, [form.shape(x)[0] for x, form in zip(own, forms, strict=True)], wholes)
         return None
 
-    def _gathered(self, own: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    def _gathered(self, own: Sequence[Tensor], forms: Sequence[ByRows | Boxes]) -> list[Tensor]:
         if self.size == 1:
             return list(own)
-        each = [-(-n // self.size) for n in rows]
-        mine = [_padded(x.to(self._device), n) for x, n in zip(own, each, strict=True)]
-        packed = mine[0].view(-1) if len(mine) == 1 else torch.cat([x.view(-1) for x in mine])
+        mine = [form.sent(x.to(self._device), self.size) for x, form in zip(own, forms, strict=True)]
+        packed = mine[0] if len(mine) == 1 else torch.cat(mine)
         found = packed.new_empty(self.size, len(packed))
         self.wait(_all_gather(found.view(-1), packed, group=self.group, async_op=True))
         self.moved_bytes += found.nbytes - packed.nbytes
-        wholes = []
-        for i, part in enumerate(torch.split(found, [x.numel() for x in mine], 1)):
-            whole = part.reshape(self.size * each[i], *own[i].shape[1:])
-            wholes.append(whole[: rows[i]].to(own[i].device))
-        return wholes
+        parts = torch.split(found, [len(x) for x in mine], 1)
+        return [
+            form.whole(part, x, self.size).to(x.device) for part, x, form in zip(parts, own, forms, strict=True)
+        ]  # fmt: skip
 
     def _added(self, own: Sequence[Tensor], rows: Sequence[int], wholes: Sequence[Tensor] | None) -> None:
         if self.size == 1:
@@ -194,12 +245,6 @@ class Exchange:
             x += part[: x.numel()].view(x.shape).to(x.device)
 
 
-def _padded(own: Tensor, rows: int) -> Tensor:
-    """A process's rows, with zeros to the number that everybody sends."""
-    own = own.contiguous()
-    return own if len(own) == rows else torch.cat([own, own.new_zeros(rows - len(own), *own.shape[1:])])
-
-
 def _code(number: int, run: range, kind: int) -> int:
     return ((number * _PARTS + run.start) * _RUN + len(run) - 1) * 4 + kind
 
@@ -209,6 +254,12 @@ def _decoded(code: int) -> tuple[int, range, int]:
     rest, count = divmod(rest, _RUN)
     number, start = divmod(rest, _PARTS)
     return number, range(start, start + count + 1), kind
+
+
+def box_of(tensor: Any) -> tuple[slice, ...]:
+    """Where what this process holds of a DTensor is in all of it."""
+    (chunk,) = tensor.__create_chunk_list__()
+    return tuple(slice(at, at + length) for at, length in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def own_rows(rows: int, rank: int, size: int) -> slice:

@@ -176,8 +176,8 @@ def hybrid_groups(folder: Path) -> dict[str, dict[str, Tensor]]:
     return dict(few_cases(share))
 
 
-def in_parallel(model: nn.Module) -> nn.Module:
-    """The model under a tensor-parallel plan over all ranks: some layers divided by outputs, some by inputs."""
+def in_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
+    """The model under a tensor-parallel plan, over all ranks by default: some layers divided by outputs, some by inputs."""
     by_outputs = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")
     by_inputs = ("o_proj", "down_proj", "dense", "fc2")
     plan: dict[str, Any] = {}
@@ -191,26 +191,45 @@ def in_parallel(model: nn.Module) -> nn.Module:
             plan[name] = RowwiseParallel(input_layouts=Replicate())
         elif kind == "lm_head":
             plan[name] = ColwiseParallel(output_layouts=Replicate())
-    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def along_two_axes(model: nn.Module) -> nn.Module:
+    """The same among two ranks, and `fully_shard` on top of that among two times two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return hs.fully_shard_model(in_parallel(model, mesh["tensor"]), mesh["data"])
 
 
 def tensor_parallel(problem: hs.Problem) -> hs.Problem:
     """The problem of the model under such a plan."""
+    return _in_parallel(problem, in_parallel)
+
+
+def _in_parallel(problem: hs.Problem, divide: Callable[[nn.Module], nn.Module]) -> hs.Problem:
     if not any(is_sharded(p) for p in problem.model.parameters()):
-        in_parallel(problem.model)
+        divide(problem.model)
     return hs.data_parallel(problem.related())
 
 
 def tensor(folder: Path) -> dict[str, Any]:
     """The numbers of a model under a plan; and its own forward pass, before and after it was borrowed."""
-    found = {name: dict(tensor_cases(tensor_parallel, name)) for name in ("qwen2",)}
-    model, batch = in_parallel(tiny("qwen2")), ragged_batches()[2]
+    return _numbers_and_facts(in_parallel)
+
+
+def two_axes(folder: Path) -> dict[str, Any]:
+    """The same of one whose weights are divided along two axes."""
+    return _numbers_and_facts(along_two_axes)
+
+
+def _numbers_and_facts(divide: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    found = {"qwen2": dict(tensor_cases(lambda problem: _in_parallel(problem, divide), "qwen2"))}
+    model, batch = divide(tiny("qwen2")), ragged_batches()[2]
     with torch.no_grad():
         before = model(**batch).logits
         hs.trace(hs.hessian(hs.data_parallel(hs.causal_lm(model, [batch]))), "hutchinson", budget=2)
         after = model(**batch).logits
-    parameters = dict(model.named_parameters())
     H = hs.hessian(hs.data_parallel(hs.causal_lm(model, [batch])))
+    parameters = dict(model.named_parameters())  # a forward pass of training leaves other ones
     product = H @ {name: p.detach() + 1.0 for name, p in parameters.items()}
     found["placed"] = [part.placements == parameters[name].placements for name, part in product.items() if is_sharded(parameters[name])]  # type: ignore[attr-defined]  # fmt: skip
     found["as DTensors"] = {name: part.full_tensor() if is_sharded(part) else part for name, part in product.items()}  # type: ignore[attr-defined]

@@ -12,14 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import run_ranks
-from programs import DENSITY, fully_sharded, sharded_commands
+from programs import DENSITY, fully_sharded, in_parallel, sharded_commands
 from shared_cases import DIVIDED, cases, few_cases, tensor_cases
 from test_data_parallel import Found, assert_same_result, differences
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.cli.main import run
-from hesscope.exchange import Exchange, Table, _code, _decoded
+from hesscope.exchange import Boxes, ByRows, Exchange, Table, _code, _decoded
+from hesscope.models import sharded
 from oracles import relative
 
 #: Where the streamed engine, which divided weights choose, leads to another way or to other costs than double backward.
@@ -91,7 +95,7 @@ def test_tensors_travel_together_where_they_follow_one_another_and_are_small(
 ) -> None:
     exchange = Exchange(dist.group.WORLD)
     parts = [torch.full((2, 3), float(i), dtype=torch.float64 if i == 5 else torch.float32) for i in range(8)]
-    number = exchange.register(Table(parts, [2] * 8))
+    number = exchange.register(Table(parts, [ByRows(2)] * 8))
     assert list(exchange._runs(number, [2, 0, 1, 4, 5, 6, 7])) == [range(3), range(4, 5), range(5, 6), range(6, 8)]
     assert [x[0, 0] for x in exchange.gather(number, [6, 0, 5])] == [6.0, 0.0, 5.0]
     monkeypatch.setattr("hesscope.exchange._PACKED", 50)
@@ -99,6 +103,37 @@ def test_tensors_travel_together_where_they_follow_one_another_and_are_small(
     assert list(exchange._runs(number, [])) == []
     for some in (range(3, 4), range(7, 1031)):
         assert _decoded(_code(number, some, 2)) == (number, some, 2)
+
+
+def test_boxes_make_the_whole() -> None:
+    """Two copies of one column each, an uneven cut of the other, and one that is empty."""
+    whole = torch.arange(10.0).view(5, 2)
+    first, second = slice(0, 1), slice(1, 2)
+    boxes = [
+        (slice(0, 5), first),
+        (slice(0, 3), second),
+        (slice(3, 5), second),
+        (slice(5, 5), second),
+        (slice(0, 5), first),
+    ]
+    form = Boxes((5, 2), tuple(boxes))
+    sent = [form.sent(whole[box], len(boxes)) for box in boxes]
+    assert [len(numbers) for numbers in sent] == [5] * 5
+    assert torch.equal(form.whole(torch.stack(sent), whole[boxes[3]], len(boxes)), whole)
+    assert form.shape(whole[boxes[3]]) == (5, 2)
+
+
+def test_weights_that_are_partial_sums_are_refused(alone: None) -> None:
+    model = nn.Linear(2, 2)
+    partial = DTensor.from_local(torch.ones(2, 2), init_device_mesh("cpu", (1,)), [Partial()])
+    model.weight = nn.Parameter(partial, requires_grad=False)
+    with pytest.raises(hs.HesscopeError, match="divided or replicated among processes, got weight with placements"):
+        sharded(model)
+
+
+def test_a_plan_needs_to_know_the_other_dimension(alone: None) -> None:
+    with pytest.raises(hs.HesscopeError, match="Expected mesh= with a model that a tensor-parallel plan has divided"):
+        hs.fully_shard_model(in_parallel(tiny("qwen2")))
 
 
 def test_a_vector_of_dtensors_gives_its_like(two: list[dict[str, Any]]) -> None:
@@ -189,12 +224,15 @@ def test_twice_among_two_ranks_and_the_replicas_as_groups(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_tensor_parallel_model_has_the_numbers_of_one_that_is_whole_and_comes_back_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "program"), [(2, "tensor"), (4, "two_axes")])
+def test_a_tensor_parallel_model_has_the_numbers_of_one_that_is_whole_and_comes_back_as_it_was(
+    tmp_path: Path, ranks: int, program: str
+) -> None:
     numbers = dict(tensor_cases(lambda problem: problem, "qwen2"))
     model, batch = tiny("qwen2"), ragged_batches()[2]
     expected = hs.hessian(hs.causal_lm(model, [batch])) @ {n: p.detach() + 1.0 for n, p in model.named_parameters()}
-    for rank in run_ranks(2, tmp_path, "tensor"):
-        facts = rank["tensor"]
+    for rank in run_ranks(ranks, tmp_path, program):
+        facts = rank[program]
         assert far_apart(facts["qwen2"], numbers) == []
         assert torch.equal(facts["before"], facts["after"])
         torch.testing.assert_close(facts["before"], model(**batch).logits.detach(), rtol=1e-6, atol=1e-6)

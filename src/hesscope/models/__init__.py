@@ -22,7 +22,7 @@ from hesscope.models.parameters import (
     state_key,
     unwrapped,
 )
-from hesscope.models.sharded import Sharded, without_weights
+from hesscope.models.sharded import Sharded, is_fully_sharded, without_weights
 
 __all__ = [
     "Offloaded",
@@ -40,6 +40,7 @@ __all__ = [
     "fingerprint",
     "first_nonfinite_module",
     "hooked_logits",
+    "is_fully_sharded",
     "is_hooked",
     "is_shadow",
     "is_sharded",

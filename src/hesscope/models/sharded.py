@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscope.errors import HesscopeError
-from hesscope.exchange import Exchange, Table
+from hesscope.exchange import ByRows, Exchange, Table
+from hesscope.models.meshes import arrangement_of
 from hesscope.models.parameters import aliases, divided_axis, is_sharded, local_rows, named_parameters
 from hesscope.models.standing import Standing
 
@@ -38,12 +38,15 @@ class Sharded:
         _reshard(model)
         self._all = named_parameters(model)
         sharded = {name: p for name, p in self._all.items() if is_sharded(p)}
-        self._axes = {name: divided_axis(p) for name, p in sharded.items()}
+        arranged = arrangement_of(sharded)
+        #: The axis that is divided, first in what is exchanged; None where every process has all.
+        self._axes = {name: 0 if name in arranged.boxes else divided_axis(p) for name, p in sharded.items()}
         axes = {name: axis for name, axis in self._axes.items() if axis is not None}
         self._index = {name: i for i, name in enumerate(axes)}
-        self.exchange = Exchange(*_groups(sharded))
-        rows = [local_rows(sharded[name]).movedim(axis, 0) for name, axis in axes.items()]
-        self._table = self.exchange.register(Table(rows, [sharded[name].shape[axis] for name, axis in axes.items()]))
+        self.exchange = Exchange(arranged.group, arranged.replicas)
+        parts = [local_rows(sharded[name]).movedim(axis, 0) for name, axis in axes.items()]
+        forms = [arranged.boxes.get(name) or ByRows(sharded[name].shape[axis]) for name, axis in axes.items()]
+        self._table = self.exchange.register(Table(parts, forms))
         self._devices = {name: p.device for name, p in sharded.items()}
         self._modules = _owners(model)
         self._standing = Standing()
@@ -177,6 +180,11 @@ def without_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was called on some module of a model."""
+    return any(map(_is_fsdp, model.modules()))
+
+
 def _reshard(model: nn.Module) -> None:
     """A forward pass of training leaves some weights gathered."""
     for module in model.modules():
@@ -216,32 +224,3 @@ def _owners(model: nn.Module) -> list[tuple[nn.Module, dict[str, str]]]:
     return [
         (model.get_submodule(prefix), local) for prefix, local in (found | hooked).items() if local or prefix in hooked
     ]
-
-
-def _groups(sharded: dict[str, nn.Parameter]) -> tuple[Any, Any]:
-    """The group among whose processes weights are divided, and that of the replicas."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    meshes: list[tuple[Any, int, int | None]] = []
-    for name, p in sharded.items():
-        places: Any = p.placements  # type: ignore[attr-defined]
-        divided = [i for i, place in enumerate(places) if isinstance(place, Shard)]
-        whole = [i for i, place in enumerate(places) if isinstance(place, Replicate)]
-        if len(divided) > 1 or len(divided) + len(whole) != len(places) or len(places) > 2:
-            raise HesscopeError(
-                f"Expected every weight divided along one axis, as fully_shard or a tensor-parallel plan does alone, got {name} with "
-                f"placements {tuple(places)}; leave one of the two out."
-            )
-        mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-        if divided and all((mesh, divided[0]) != known[:2] for known in meshes):
-            meshes.append((mesh, divided[0], whole[0] if whole else None))
-    if not meshes:
-        raise HesscopeError(
-            "Expected some weights to be divided, but every process has all of each DTensor; leave these out."
-        )
-    if len(meshes) > 1:
-        raise HesscopeError(
-            "Expected one device mesh for all weights, got several; divide all of them along the same mesh."
-        )
-    mesh, divided_at, whole_at = meshes[0]
-    return mesh.get_group(divided_at), None if whole_at is None else mesh.get_group(whole_at)

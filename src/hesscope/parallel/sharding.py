@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError
-from hesscope.models import find_trunk, is_sharded
+from hesscope.models import find_trunk, is_fully_sharded, is_sharded
 from hesscope.models.empty import Slot, is_empty, slots
 from hesscope.parallel.ranks import TIMEOUT, Ranks
 
@@ -60,8 +60,12 @@ def shard_model(model: nn.Module, mesh: DeviceMesh | None, comm: Communicator | 
     """The same, through a communicator of all ranks of the mesh, or, without one, only with models that are loaded."""
     from torch.distributed.fsdp import fully_shard
 
-    if any(is_sharded(p) for p in model.parameters()):
+    if is_fully_sharded(model):
         raise HesscopeError("Expected a model that is not divided yet; this one is, so leave fully_shard_model out.")
+    if mesh is None and any(is_sharded(p) for p in model.parameters()):
+        raise HesscopeError(
+            "Expected mesh= with a model that a tensor-parallel plan has divided: another dimension of that plan's device mesh."
+        )
     trunk = find_trunk(model)
     if trunk is None:
         raise HesscopeError(

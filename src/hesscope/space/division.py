@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.exchange import Exchange, Table
+from hesscope.exchange import ByRows, Exchange, Table, box_of
 from hesscope.space import vectors
 from hesscope.space.coordinates import Coordinates, Rows
 from hesscope.space.vectors import OnDemand, Passed, Vectors
@@ -47,7 +47,7 @@ class Division:
                 found[name] = part
                 continue
             first = part.transpose(0, 1).contiguous()  # rows first
-            table = self.exchange.register(Table([first], [self.lengths[name]]))
+            table = self.exchange.register(Table([first], [ByRows(self.lengths[name])]))
             (whole,) = self.exchange.gather(table, [0])
             self.exchange.release(table)
             found[name] = whole.transpose(0, 1).contiguous() if keep else part[:0]
@@ -70,9 +70,9 @@ class Division:
         ask for the same, but all have to have finished before any leaves.
         """
         count, names = vectors.count(V), list(self.rows)
-        lengths = [self.lengths[name] for name in names] * count
+        forms = [ByRows(self.lengths[name]) for name in names] * count
         read, write = (
-            self.exchange.register(Table([X[name][k] for k in range(count) for name in names], lengths))
+            self.exchange.register(Table([X[name][k] for k in range(count) for name in names], forms))
             for X in (V, sums)
         )
         places = {(name, k): k * len(names) + i for i, name in enumerate(names) for k in range(count)}
@@ -144,28 +144,35 @@ def local_part(c: Coordinates, part: Tensor) -> Tensor:
     """The rows that are here of one vector's part, given whole or as a DTensor."""
     if hasattr(part, "to_local"):
         with torch.no_grad():
-            if c.rows is not None and _by_rows(part) == tuple(part.placements):  # type: ignore[attr-defined]
+            if c.rows is not None and _by_rows(part, c.rows) == tuple(part.placements):  # type: ignore[attr-defined]
                 local: Tensor = part.to_local()
                 return local
             part = part.full_tensor()  # type: ignore[attr-defined]
     return part if c.rows is None else part[c.rows.start : c.rows.stop]
 
 
-def as_dtensor(like: Tensor, local: Tensor) -> Tensor:
-    """A DTensor placed as another one, from the rows that are here; every process takes part."""
+def as_dtensor(like: Tensor, local: Tensor, rows: Rows | None) -> Tensor:
+    """A DTensor placed as another one, from the rows that are here, or from all of them; every process takes part."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)
-    made = DTensor.from_local(
-        local, like.device_mesh, _by_rows(like), run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return made.redistribute(placements=like.placements)
+    form: Any = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    whole = local
+    if rows is not None:
+        if (by_rows := _by_rows(like, rows)) is not None:
+            return DTensor.from_local(local, like.device_mesh, by_rows, **form).redistribute(placements=like.placements)
+        table = rows.exchange.register(Table([local], [ByRows(like.shape[0])]))
+        (whole,) = rows.exchange.gather(table, [0])
+        rows.exchange.release(table)
+    return DTensor.from_local(whole[box_of(like)].contiguous(), like.device_mesh, like.placements, **form)
 
 
-def _by_rows(like: Any) -> tuple[Any, ...]:
-    """Placements that divide rows among the processes that a DTensor is divided among."""
+def _by_rows(like: Any, rows: Rows) -> tuple[Any, ...] | None:
+    """Placements that divide rows among the processes that a DTensor is divided among; None where these are not the rows'."""
     from torch.distributed.tensor import Replicate, Shard
 
-    divided = [i for i, place in enumerate(like.placements) if isinstance(place, Shard)]
+    divided = [i for i, place in enumerate(like.placements) if hasattr(place, "dim")]
     at = divided[0] if divided else len(like.placements) - 1
+    if len(divided) > 1 or like.device_mesh.size(at) != rows.exchange.size:
+        return None
     return tuple(Shard(0) if i == at else Replicate() for i in range(len(like.placements)))

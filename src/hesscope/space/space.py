@@ -129,7 +129,11 @@ class Space:
     def like(self, given: dict[str, Tensor], V: Vectors) -> dict[str, Tensor]:
         """One vector as DTensors where those given are, and whole elsewhere."""
         whole = self.gathered({name: part for name, part in V.items() if not hasattr(given[name], "to_local")})
-        return {name: as_dtensor(given[name], V[name][0]) if name not in whole else whole[name][0] for name in V}
+        rows = {c.name: c.rows for c in self.coordinates}
+        return {
+            name: whole[name][0] if name in whole else as_dtensor(given[name], part[0], rows[name])
+            for name, part in V.items()
+        }
 
     # ---- the border to flat tensors and dictionaries
 
