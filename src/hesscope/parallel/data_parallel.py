@@ -31,9 +31,9 @@ def data_parallel(
 
     Shares may be uneven, and empty where there are fewer batches than ranks. Every rank gets every result; all have to make
     the same calls in the same order, with the same arguments. Seeds give the same numbers on any number of ranks, up to
-    rounding. Of a model that `fully_shard` has divided (FSDP2, with a mesh of one dimension, or of two for hybrid sharding) a rank
-    holds its rows of the weights, of vectors over whole weights, and of Krylov bases; the streamed engine gathers a block at a
-    time. A model wrapped in DistributedDataParallel is taken out of its wrapper by `causal_lm` and its like.
+    rounding. Of a model that `fully_shard` (FSDP2, hybrid sharding), a tensor-parallel plan, or both have divided, a rank
+    holds its part of the weights, and its rows of vectors over whole weights and of Krylov bases; the streamed engine gathers a
+    block at a time. A model wrapped in DistributedDataParallel is taken out of its wrapper by `causal_lm` and its like.
 
     Args:
         group: a process group; the default one for None (`torch.distributed.init_process_group`).

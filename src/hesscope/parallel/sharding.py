@@ -23,6 +23,7 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Mo
 
     Args:
         mesh: of one dimension, or of two, with names, for hybrid sharding (replicas, shards); all ranks in one dimension by default.
+            On top of a tensor-parallel plan, another dimension of that plan's mesh.
 
     Raises:
         HesscopeError: no process group, a model without a list of like blocks, one that is divided already, or empty models that
