@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py --stories path/to/stories260k
 
-Random tokens, float32, all parameters. The prediction comes from a process of its own, and so does every measurement: a first
-product with the engine's check, then three further ones. Peaks are resident memory above that of the loaded model. `--small` tries
+Random tokens, float32, all parameters. Every operator's prediction comes from a process of its own, and so does every measurement: a
+first product with the engine's check, then three further ones. Peaks are resident memory above that of the loaded model. `--small` tries
 the script at a size without meaning.
 """
 
@@ -60,16 +60,12 @@ def make_problem(case: str, stories: str | None) -> Any:
     return hs.causal_lm(model, tokens, batch_size=rows)
 
 
-def predict(problem: Any) -> dict[str, Any]:
-    """Both operators' plans, and what these took."""
+def predict(problem: Any, operator: str) -> dict[str, Any]:
+    """An operator's plan, and the seconds that it took."""
     import hesscope as hs
 
-    found: dict[str, Any] = {"seconds": {}}
-    for operator in ("hessian", "ggn"):
-        began = time.perf_counter()
-        found[operator] = hs.plan(problem, operator=operator).engines
-        found["seconds"][operator] = time.perf_counter() - began
-    return found
+    began = time.perf_counter()
+    return {"engines": hs.plan(problem, operator=operator).engines, "seconds": time.perf_counter() - began}
 
 
 def measure(problem: Any, operator: str, engine: str, kept: bool) -> dict[str, Any]:
@@ -116,7 +112,7 @@ def report(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
     for case, figures in cases.items():
         for side, seen in figures["measured"].items():
             operator, engine, graphs = side.split(", ")
-            found = compare(figures["predicted"][operator][engine], seen, graphs == "kept")
+            found = compare(figures["predicted"][operator]["engines"][engine], seen, graphs == "kept")
             figures.setdefault("ratios", {})[side] = found
             for key, values in ratios.items():
                 values.append(found[key])
@@ -132,7 +128,9 @@ def report(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Predict and measure every case, print, and write results/plan.json (not for --small)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", help="predict, or a side to measure in this process; prints its figures as JSON")
+    parser.add_argument(
+        "--side", help="an operator to plan, or a side to measure, in this process; prints its figures as JSON"
+    )
     parser.add_argument("--case")
     parser.add_argument("--stories", help="folder of the stories260k model; its case is left out by default")
     parser.add_argument("--only", help="cases whose name contains this")
@@ -141,8 +139,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         problem = make_problem(arguments.case, arguments.stories)
-        if arguments.side == "predict":
-            print(json.dumps(predict(problem)))
+        if arguments.side in ("hessian", "ggn"):
+            print(json.dumps(predict(problem, arguments.side)))
         else:
             operator, engine, graphs = arguments.side.split(", ")
             print(json.dumps(measure(problem, operator, engine, graphs == "kept")))
@@ -153,7 +151,7 @@ def main() -> None:
     for case in (c for c in cases if (arguments.only or "") in c):
         own = ["--case", case, *stories]
         found[case] = {
-            "predicted": in_fresh_process(__file__, "--side", "predict", *own),
+            "predicted": {name: in_fresh_process(__file__, "--side", name, *own) for name in ("hessian", "ggn")},
             "measured": on_record(case)
             if arguments.again
             else {side: in_fresh_process(__file__, "--side", side, *own) for side in map(", ".join, SIDES)},
