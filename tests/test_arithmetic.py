@@ -82,12 +82,14 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().double()
 
 
-@pytest.mark.parametrize("kind", ["mm", "bmm", "addmm", "addmm_", "baddbmm", "linear"])
+@pytest.mark.parametrize("kind", ["mm", "bmm", "mm into", "bmm into", "addmm", "addmm_", "baddbmm", "linear"])
 def test_factors_of_a_linear_pass_are_rounded_and_its_sums_are_not_lost(kind: str) -> None:
     x, y, z = numbers(2, 5, 64), numbers(2, 64, 6, seed=1), numbers(2, 5, 6, seed=2)
     run = {
         "mm": lambda: x[0] @ y[0],
         "bmm": lambda: x @ y,
+        "mm into": lambda: torch.mm(x[0], y[0], out=torch.empty_like(z[0])),
+        "bmm into": lambda: torch.bmm(x, y, out=torch.empty_like(z)),
         "addmm": lambda: torch.addmm(z[0], x[0], y[0], beta=2.0, alpha=0.5),
         "addmm_": lambda: z[0].clone().addmm_(x[0], y[0]),
         "baddbmm": lambda: torch.baddbmm(z, x, y),
@@ -96,6 +98,8 @@ def test_factors_of_a_linear_pass_are_rounded_and_its_sums_are_not_lost(kind: st
     exact = {
         "mm": rounded(x[0]) @ rounded(y[0]),
         "bmm": rounded(x) @ rounded(y),
+        "mm into": rounded(x[0]) @ rounded(y[0]),
+        "bmm into": rounded(x) @ rounded(y),
         "addmm": 2.0 * z[0].double() + 0.5 * rounded(x[0]) @ rounded(y[0]),
         "addmm_": z[0].double() + rounded(x[0]) @ rounded(y[0]),
         "baddbmm": z.double() + rounded(x) @ rounded(y),

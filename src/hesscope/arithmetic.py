@@ -146,6 +146,8 @@ class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func in _PLAIN and _all_float32(args[:2]):
             return _rounded(_PLAIN[func], *args[:2])
+        if func in _INTO and _all_float32((*args[:2], kwargs["out"])):
+            return kwargs["out"].copy_(_rounded(_INTO[func], *args[:2]))
         if func in _ADDED and _all_float32(args[:3]):
             product = _rounded(_ADDED[func][0], *args[1:3]).mul_(kwargs.get("alpha", 1))
             beta = kwargs.get("beta", 1)
@@ -157,6 +159,8 @@ class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _aten = torch.ops.aten
 _PLAIN = {_aten.mm.default: torch.mm, _aten.bmm.default: torch.bmm}
+#: Those that write to a tensor that is given as `out`.
+_INTO = {_aten.mm.out: torch.mm, _aten.bmm.out: torch.bmm}
 #: {operation: the product in it, and whether it adds to its first argument in place}
 _ADDED = {
     _aten.addmm.default: (torch.mm, False),
