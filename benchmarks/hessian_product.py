@@ -125,7 +125,7 @@ def report(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run every side in a fresh process, print, and write results/hessian_product.json."""
+    """Run every side in fresh processes, print, and write results/hessian_product.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=SIDES, help="run one side in this process and print its figures as JSON")
     parser.add_argument("--repeats", type=int, default=4, help="of a side in one process")

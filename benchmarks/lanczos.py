@@ -93,7 +93,7 @@ def report(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run every side in a fresh process, print, and write results/lanczos.json."""
+    """Run every side in fresh processes, print, and write results/lanczos.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=(THEIRS, *OURS), help="run one side in this process and print its figures")
     parser.add_argument("--repeats", type=int, default=2, help="of a side in one process")

@@ -30,6 +30,7 @@ SIDES = (
     ("ggn", "reverse-over-reverse", "nothing kept"),
     ("ggn", "streamed", "nothing kept"),
 )
+OPERATORS = ("hessian", "ggn")
 #: Further products of which the median counts.
 FURTHER = 3
 CASES = ("llama-30m 4x256", "llama-30m 1x1024", "gpt2-9m 4x256", "stories260k 16x256")
@@ -139,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         problem = make_problem(arguments.case, arguments.stories)
-        if arguments.side in ("hessian", "ggn"):
+        if arguments.side in OPERATORS:
             print(json.dumps(predict(problem, arguments.side)))
         else:
             operator, engine, graphs = arguments.side.split(", ")
@@ -151,7 +152,7 @@ def main() -> None:
     for case in (c for c in cases if (arguments.only or "") in c):
         own = ["--case", case, *stories]
         found[case] = {
-            "predicted": {name: in_fresh_process(__file__, "--side", name, *own) for name in ("hessian", "ggn")},
+            "predicted": {name: in_fresh_process(__file__, "--side", name, *own) for name in OPERATORS},
             "measured": on_record(case)
             if arguments.again
             else {side: in_fresh_process(__file__, "--side", side, *own) for side in map(", ".join, SIDES)},

@@ -43,11 +43,11 @@ class ByRows:
 
     def sent(self, own: Tensor, size: int) -> Tensor:
         """What a process of so many sends, as many numbers as any other."""
-        return _padded(own, -(-self.count // size) * math.prod(own.shape[1:]))
+        return _padded(own, _share(self.count, size) * math.prod(own.shape[1:]))
 
     def whole(self, received: Tensor, own: Tensor, size: int) -> Tensor:
         """All of it, from what every process has sent, [size, numbers]."""
-        return received.reshape(size * -(-self.count // size), *own.shape[1:])[: self.count]
+        return received.reshape(size * _share(self.count, size), *own.shape[1:])[: self.count]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Boxes:
             extent = _extent(box)
             found[box] = numbers[: math.prod(extent)].view(extent)
         return found
+
+
+def _share(rows: int, size: int) -> int:
+    """The most rows that a process has."""
+    return -(-rows // size)
 
 
 def _extent(box: tuple[slice, ...]) -> tuple[int, ...]:
@@ -137,6 +142,13 @@ class Exchange:
             assert wholes is not None
             found |= zip(run, wholes, strict=True)
         return [found[part] for part in parts]
+
+    def gather_rows(self, own: Tensor, rows: int) -> Tensor:
+        """All rows of one tensor that is in no table; all processes call it."""
+        number = self.register(Table([own], [ByRows(rows)]))
+        (whole,) = self.gather(number, [0])
+        self.release(number)
+        return whole
 
     def add(self, number: int, wholes: Mapping[int, Tensor]) -> None:
         """Add to the rows that each process holds of some parts, which are divided by rows."""
@@ -231,7 +243,7 @@ class Exchange:
             for x, whole in zip(own, wholes, strict=True):
                 x += whole
             return
-        each = [-(-n // self.size) for n in rows]
+        each = [_share(n, self.size) for n in rows]
         sizes = [n * math.prod(x.shape[1:]) for n, x in zip(each, own, strict=True)]
         packed = torch.zeros(self.size, sum(sizes), dtype=own[0].dtype, device=self._device)
         for part, n, whole in zip(torch.split(packed, sizes, 1), each, wholes or (), strict=wholes is not None):
@@ -256,6 +268,11 @@ def _decoded(code: int) -> tuple[int, range, int]:
     return number, range(start, start + count + 1), kind
 
 
+def divided_along(tensor: Any) -> list[int]:
+    """The dimensions of its mesh along which a DTensor is divided."""
+    return [i for i, place in enumerate(tensor.placements) if hasattr(place, "dim")]
+
+
 def box_of(tensor: Any) -> tuple[slice, ...]:
     """Where what this process holds of a DTensor is in all of it."""
     (chunk,) = tensor.__create_chunk_list__()
@@ -264,5 +281,5 @@ def box_of(tensor: Any) -> tuple[slice, ...]:
 
 def own_rows(rows: int, rank: int, size: int) -> slice:
     """The rows that a process holds."""
-    each = -(-rows // size)
+    each = _share(rows, size)
     return slice(min(rank * each, rows), min((rank + 1) * each, rows))

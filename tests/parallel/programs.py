@@ -93,9 +93,14 @@ def all_numbers(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def fully_sharded(problem: hs.Problem) -> hs.Problem:
     """The problem, its model's blocks and the rest of it divided among the ranks."""
+    return _divided(problem, hs.fully_shard_model)
+
+
+def _divided(problem: hs.Problem, divide: Callable[[nn.Module], nn.Module], **options: Any) -> hs.Problem:
+    """The problem, its model divided unless it is."""
     if not any(is_sharded(p) for p in problem.model.parameters()):
-        hs.fully_shard_model(problem.model)
-    return hs.data_parallel(problem.related())
+        divide(problem.model)
+    return hs.data_parallel(problem.related(), **options)
 
 
 def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -154,26 +159,19 @@ def all_sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
     return dict(cases(fully_sharded, DIVIDED))
 
 
+def twice(model: nn.Module) -> nn.Module:
+    """The model divided among two ranks, and that twice."""
+    return hs.fully_shard_model(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+
+
 def hybrid(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Divided among two ranks, and that twice."""
-
-    def share(problem: hs.Problem) -> hs.Problem:
-        if not any(is_sharded(p) for p in problem.model.parameters()):
-            hs.fully_shard_model(problem.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
-        return hs.data_parallel(problem.related())
-
-    return dict(few_cases(share))
+    return dict(few_cases(lambda problem: _divided(problem, twice)))
 
 
 def hybrid_groups(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The same, the replicas dividing the vectors of a product."""
-
-    def share(problem: hs.Problem) -> hs.Problem:
-        if not any(is_sharded(p) for p in problem.model.parameters()):
-            hs.fully_shard_model(problem.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
-        return hs.data_parallel(problem.related(), probe_groups=2)
-
-    return dict(few_cases(share))
+    return dict(few_cases(lambda problem: _divided(problem, twice, probe_groups=2)))
 
 
 def in_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
@@ -202,13 +200,7 @@ def along_two_axes(model: nn.Module) -> nn.Module:
 
 def tensor_parallel(problem: hs.Problem) -> hs.Problem:
     """The problem of the model under such a plan."""
-    return _in_parallel(problem, in_parallel)
-
-
-def _in_parallel(problem: hs.Problem, divide: Callable[[nn.Module], nn.Module]) -> hs.Problem:
-    if not any(is_sharded(p) for p in problem.model.parameters()):
-        divide(problem.model)
-    return hs.data_parallel(problem.related())
+    return _divided(problem, in_parallel)
 
 
 def tensor(folder: Path) -> dict[str, Any]:
@@ -222,7 +214,7 @@ def two_axes(folder: Path) -> dict[str, Any]:
 
 
 def _numbers_and_facts(divide: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
-    found = {"qwen2": dict(tensor_cases(lambda problem: _in_parallel(problem, divide), "qwen2"))}
+    found = {"qwen2": dict(tensor_cases(lambda problem: _divided(problem, divide), "qwen2"))}
     model, batch = divide(tiny("qwen2")), ragged_batches()[2]
     with torch.no_grad():
         before = model(**batch).logits

@@ -92,7 +92,7 @@ def make_problem(common: CommonOptions) -> Problem:
     data: Any = common.data
     keywords["model"] = model_source(common)
     if common.layout != "data":
-        keywords |= {"model": _divided_model(common), "dtype": None, "device": None, "device_map": None}
+        keywords |= {"model": _divided_model(common), "dtype": None, "device": None}
     if common.data == _DEMO:
         from hesscope.assets import prose
 

@@ -110,7 +110,7 @@ class ValuesOnDemand(Mapping[str, Tensor]):
         self._parameters = {name: named[name] for name in space.names}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._store.load(name) if self._elsewhere(name) else self._parameters[name].detach()  # type: ignore[union-attr]
+        return self.several([name])[name]
 
     def several(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Some of them, brought together."""

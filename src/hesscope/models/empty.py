@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 @dataclass
 class Slot:
-    """One tensor of a model, by its first path, and all places that hold it: tied weights have several."""
+    """One tensor of a model, and all places that hold it, with their paths: tied weights have several."""
 
-    path: str
     tensor: Tensor
     places: list[tuple[dict[str, Any], str, str]] = field(default_factory=list)
 
@@ -44,7 +43,7 @@ def slots(model: nn.Module) -> list[Slot]:
     """All parameters and buffers, and tensors that modules hold as plain attributes."""
     found: dict[int, Slot] = {}
     for holder, name, path in _places(model):
-        slot = found.setdefault(id(holder[name]), Slot(path, holder[name]))
+        slot = found.setdefault(id(holder[name]), Slot(holder[name]))
         slot.places.append((holder, name, path))
     return list(found.values())
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hesscope.errors import HesscopeError
-from hesscope.exchange import Boxes, box_of
+from hesscope.exchange import Boxes, box_of, divided_along
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def arrangement_of(sharded: Mapping[str, nn.Parameter]) -> Arrangement:
             raise HesscopeError(
                 f"Expected weights to be divided or replicated among processes, got {name} with placements {tuple(places)}."
             )
-        divided[name] = [i for i, place in enumerate(places) if hasattr(place, "dim")]
+        divided[name] = divided_along(p)
     if not any(divided.values()):
         raise HesscopeError(
             "Expected some weights to be divided, but every process has all of each DTensor; leave these out."

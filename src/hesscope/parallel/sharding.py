@@ -77,9 +77,11 @@ def shard_model(model: nn.Module, mesh: DeviceMesh | None, comm: Communicator | 
     device = comm.device_type if missing and comm is not None else next(model.parameters()).device.type
     mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
     for i, block in enumerate(trunk.blocks):
-        missing = _give_out(missing, comm, f"{trunk.prefix}.{i}")
+        prefix = f"{trunk.prefix}.{i}"
+        _give_out([slot for slot in missing if slot.inside(prefix)], comm)
+        missing = [slot for slot in missing if not slot.inside(prefix)]
         fully_shard(block, mesh=mesh)
-    _give_out(missing, comm, None)
+    _give_out(missing, comm)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -107,17 +109,15 @@ def _to_give_out(model: nn.Module, comm: Communicator | None) -> list[Slot]:
     return own
 
 
-def _give_out(missing: list[Slot], comm: Communicator | None, prefix: str | None) -> list[Slot]:
-    """Give out what a module holds, or all; returns what is left."""
-    now = [slot for slot in missing if prefix is None or slot.inside(prefix)]
-    if now:
-        assert comm is not None
-        values = comm.on_first(lambda: [slot.tensor for slot in now])
-        for slot, value in zip(now, values, strict=True):
-            if slot.tensor.is_meta:
-                slot.put(value)
-    done = {id(slot) for slot in now}
-    return [slot for slot in missing if id(slot) not in done]
+def _give_out(missing: list[Slot], comm: Communicator | None) -> None:
+    """Give rank 0's tensors to the ranks that have none."""
+    if not missing:
+        return
+    assert comm is not None
+    values = comm.on_first(lambda: [slot.tensor for slot in missing])
+    for slot, value in zip(missing, values, strict=True):
+        if slot.tensor.is_meta:
+            slot.put(value)
 
 
 def mesh_of(layout: str, device: str, ranks_per_node: int, probe_groups: int = 1) -> DeviceMesh:

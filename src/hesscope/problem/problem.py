@@ -202,12 +202,11 @@ class Problem:
         self, function: Callable[[nn.Module, Any], Any], b: int, replaced: dict[str, Tensor] | None, copies: int = 1
     ) -> Any:
         """function(model, batch b) in the state in which the batch is run; parameters not replaced are constants."""
-        store = elsewhere(self.model)
-        wanted = [name for name in self.outside if name not in (replaced or {})]
-        brought = store.load_several(sorted(wanted)) if store is not None and wanted else {}
-        fixed = {
-            name: brought[name] if name in brought else p.detach() for name, p in named_parameters(self.model).items()
-        }
+        fixed = {name: p.detach() for name, p in named_parameters(self.model).items()}
+        wanted = sorted(self.outside - (replaced or {}).keys())
+        store = elsewhere(self.model) if wanted else None
+        if store is not None:
+            fixed |= store.load_several(wanted)
         state = {f"model.{name}": p for name, p in (fixed | (replaced or {})).items()}
         batch = self.on_device(b)
         if copies > 1:

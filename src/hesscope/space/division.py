@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscope.exchange import ByRows, Exchange, Table, box_of
+from hesscope.exchange import ByRows, Exchange, Table, box_of, divided_along
 from hesscope.space import vectors
 from hesscope.space.coordinates import Coordinates, Rows
 from hesscope.space.vectors import OnDemand, Passed, Vectors
@@ -47,9 +47,7 @@ class Division:
                 found[name] = part
                 continue
             first = part.transpose(0, 1).contiguous()  # rows first
-            table = self.exchange.register(Table([first], [ByRows(self.lengths[name])]))
-            (whole,) = self.exchange.gather(table, [0])
-            self.exchange.release(table)
+            whole = self.exchange.gather_rows(first, self.lengths[name])
             found[name] = whole.transpose(0, 1).contiguous() if keep else part[:0]
         return found
 
@@ -161,9 +159,7 @@ def as_dtensor(like: Tensor, local: Tensor, rows: Rows | None) -> Tensor:
     if rows is not None:
         if (by_rows := _by_rows(like, rows)) is not None:
             return DTensor.from_local(local, like.device_mesh, by_rows, **form).redistribute(placements=like.placements)
-        table = rows.exchange.register(Table([local], [ByRows(like.shape[0])]))
-        (whole,) = rows.exchange.gather(table, [0])
-        rows.exchange.release(table)
+        whole = rows.exchange.gather_rows(local, like.shape[0])
     return DTensor.from_local(whole[box_of(like)].contiguous(), like.device_mesh, like.placements, **form)
 
 
@@ -171,7 +167,7 @@ def _by_rows(like: Any, rows: Rows) -> tuple[Any, ...] | None:
     """Placements that divide rows among the processes that a DTensor is divided among; None where these are not the rows'."""
     from torch.distributed.tensor import Replicate, Shard
 
-    divided = [i for i, place in enumerate(like.placements) if hasattr(place, "dim")]
+    divided = divided_along(like)
     at = divided[0] if divided else len(like.placements) - 1
     if len(divided) > 1 or like.device_mesh.size(at) != rows.exchange.size:
         return None
