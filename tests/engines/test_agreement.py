@@ -127,7 +127,7 @@ def test_rows_that_see_nothing(engine: str) -> None:
 
 @each_engine
 def test_units(engine: str) -> None:
-    """A gradient (3) for each batch once, then a pass and its vectors; and the look at one sequence before that."""
+    """A gradient (3) for each batch once, then a pass and its vectors; and the look at a short sequence before that."""
     problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
     H = hs.hessian(problem, hs.select(problem, "transformer.ln_f.*"), engine)
     v = torch.ones(H.shape[0], 1, dtype=torch.float64)
@@ -197,7 +197,7 @@ def test_a_wrong_forward_derivative_is_noticed() -> None:
 
 
 def test_without_its_rules_reverse_over_forward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The look at one sequence sees the trap of layer_norm, were it not for the rule."""
+    """The look at a short sequence sees the trap of layer_norm, were it not for the rule."""
     monkeypatch.setattr(ReverseOverForward, "replacements", FORWARD_OVER_REVERSE)
     model = tiny("gpt2")
     with pytest.warns(hs.HesscopeWarning, match="differs from reverse-over-reverse by"):

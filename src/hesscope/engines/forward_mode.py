@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from hesscope.engines.base import Engine, Linearization, gradient_parts, parameter_values
-from hesscope.engines.checking import disagreement, one_sequence, tolerated
+from hesscope.engines.checking import disagreement, short_slice, tolerated
 from hesscope.engines.forward_context import NotInForwardMode, quietly, refusals_in_words
 from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse, SavedBytes
@@ -34,7 +34,7 @@ Scalar = Callable[[Values], Tensor]
 
 
 class ForwardMode(Engine):
-    """What both arrangements share. Before its first product an engine is held to reverse-over-reverse on one sequence.
+    """What both arrangements share. Before its first product an engine is held to reverse-over-reverse on a short sequence.
 
     A model that forward mode cannot run (custom autograd functions), or gets wrong, is left to reverse-over-reverse, with a
     HesscopeWarning and a note.
@@ -61,7 +61,7 @@ class ForwardMode(Engine):
         if self._checked:
             return 0.0
         self._checked = True
-        small = one_sequence(problem)
+        small = short_slice(problem)
         share = small.counts[0] / problem.N
         # Two vectors, for a batch of tangents takes other rules than a single one.
         v, ours, theirs = space.rademacher(0, ["engine/0", "engine/1"]), space.zeros(2), space.zeros(2)
@@ -80,9 +80,9 @@ class ForwardMode(Engine):
             return share * spent
         gap = disagreement(space, ours, theirs)
         if gap > tolerated(space):
-            self._fall_back(f"it differs from reverse-over-reverse by {gap:.1e} on one sequence")
+            self._fall_back(f"it differs from reverse-over-reverse by {gap:.1e} on a short sequence")
         else:
-            self._remark(f"agrees with reverse-over-reverse to {gap:.1e} on one sequence")
+            self._remark(f"agrees with reverse-over-reverse to {gap:.1e} on a short sequence")
         return share * (spent + reference.units(1, 0, 2))
 
     def _remark(self, text: str) -> None:
