@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
-
 import pytest
 import torch
 
 import hesscope as hs
-from hesscope.dryrun import resident_bytes
 from hesscope.memory import available_bytes
 
 GPU = torch.device("cuda", 0)
@@ -35,7 +32,3 @@ def test_a_limit_is_one_on_tensors() -> None:
         assert available_bytes(GPU) == 0
     with hs.memory_limit(None):
         assert available_bytes(GPU) == 25
-
-
-def test_a_plan_for_a_gpu_counts_tensors_alone() -> None:
-    assert resident_bytes(array("q", [1000, 2000]), 3000, GPU) == 3000

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -27,25 +28,40 @@ _ONCE = 40 * 2**20
 _ELSEWHERE = 1.1
 
 
-def resident_bytes(trace: array[int], peak: int, device: torch.device) -> int:
-    """The most memory that a run with these allocations adds to a process; on a GPU, what its allocator hands out."""
+@dataclass(frozen=True)
+class Resident:
+    """What a run takes of the system.
+
+    Attributes:
+        peak: the most memory that it adds to the process.
+        fresh: bytes that come anew from the system in each section of the run, and in each of the last ones once it has come
+            before; empty where that is not known, or costs nothing.
+    """
+
+    peak: int
+    fresh: tuple[int, ...] = ()
+
+
+def resident(trace: array[int], peak: int, device: torch.device, again: int = 0) -> Resident:
+    """What a run with these allocations takes, the last `again` sections repeated; on a GPU, what its allocator hands out."""
     if device.type == "cuda":
-        return peak
-    if not _has_glibc():
-        return int(_ELSEWHERE * peak) + _ONCE
-    known = _replayed(trace)
-    return (int(median(known)) if known else int(_ELSEWHERE * peak)) + _ONCE
+        return Resident(peak)
+    known = _replayed(trace, again) if _has_glibc() else []
+    if not known:
+        return Resident(int(_ELSEWHERE * peak) + _ONCE)
+    most, *fresh = (int(median(figures)) for figures in zip(*known, strict=True))
+    return Resident(most + _ONCE, tuple(fresh))
 
 
-def _replayed(trace: array[int]) -> list[int]:
-    """A figure a guess; none where the replay fails, as where the system does not promise memory that it does not have."""
+def _replayed(trace: array[int], again: int) -> list[list[int]]:
+    """Figures for every guess; none where the replay fails, as where the system does not promise memory that it does not have."""
     script, found = Path(__file__).with_name("replay.py"), []
     with tempfile.TemporaryFile() as file:
         file.write(trace.tobytes())
         file.flush()
         runs = []
         for small in _SMALL:
-            command = [sys.executable, "-I", "-S", str(script), str(_THRESHOLD), *map(str, small)]
+            command = [sys.executable, "-I", "-S", str(script), str(_THRESHOLD), str(again), *map(str, small)]
             # Of the offset in a file that processes share; each reads from a description of its own.
             source = open(f"/proc/self/fd/{file.fileno()}", "rb")  # noqa: SIM115
             runs.append(
@@ -54,7 +70,7 @@ def _replayed(trace: array[int]) -> list[int]:
         for source, run in runs:
             output, _ = run.communicate()
             source.close()
-            found += [int(output)] if run.returncode == 0 else []
+            found += [[int(figure) for figure in output.split()]] if run.returncode == 0 else []
     return found
 
 

@@ -64,7 +64,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         live: bytes of the storages that have come up and are still alive.
         peak: the most of them at any time.
-        trace: the storages' sizes as they came up, and -k where the k-th of them went.
+        trace: the storages' sizes as they came up, -k where the k-th of them went, and 0 at every `mark`.
     """
 
     def __init__(self, execute: Execute = execute_as_is, kinds: bool = True) -> None:
@@ -80,6 +80,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def work(self) -> Work:
         """So far."""
         return Work(self._flops, self._bytes, self._operations, self._kinds.copy())
+
+    def mark(self) -> None:
+        """End a section of the trace."""
+        self.trace.append(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,8 +1,10 @@
 """Replays a run's allocations through the system's own allocator: run as a script, in a process of its own.
 
-Reads 64-bit whole numbers: a positive one allocates so many bytes, -k frees the k-th allocation (from 1). Nothing is written
-to the memory, so that none is taken. With every tensor come the small things that describe it, which end up in the gaps
-between large blocks and keep these from being joined. Prints the most that the allocator held at any time, heap and mappings.
+Reads 64-bit whole numbers: a positive one allocates so many bytes, -k frees the k-th allocation (from 1), 0 ends a section; what
+comes after the last 0 is left out. Nothing is written to the memory, so that none is taken. With every tensor come the small
+things that describe it, which end up in the gaps between large blocks and keep these from being joined. Prints the most that the
+allocator held at any time, heap and mappings; then the bytes that it got from the system in every section, and in the last ones
+when they come for the third time, where that is asked for.
 """
 
 import array
@@ -28,32 +30,63 @@ class _Info(ctypes.Structure):
     ]
 
 
-def main(threshold: int, small: list[int]) -> None:
-    """Replay what comes on the standard input."""
-    events = array.array("q", sys.stdin.buffer.read())
-    c = ctypes.CDLL(None)
-    c.mallinfo2.restype = _Info
-    c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    c.free.argtypes = [ctypes.c_void_p]
-    c.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
-    # What is freed raises the size from which blocks are mapped: loading a model has done so.
-    c.free(c.malloc(threshold))
-    before = c.mallinfo2()
-    most = 0
-    blocks: list[tuple[int | None, ...]] = []
-    for event in events:
-        if event < 0:
-            for address in blocks[-event - 1]:
-                c.free(address)
-            continue
-        own, block = [c.malloc(size) for size in small], ctypes.c_void_p()
-        if c.posix_memalign(ctypes.byref(block), 64, event) != 0:
+class _Allocator:
+    """malloc and free, and what they hold."""
+
+    def __init__(self, small: list[int]) -> None:
+        self._c, self._small = ctypes.CDLL(None), small
+        self._c.mallinfo2.restype = _Info
+        self._c.malloc.restype, self._c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        self._c.free.argtypes = [ctypes.c_void_p]
+        self._c.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+        self._blocks: dict[int, tuple[int | None, ...]] = {}
+
+    @property
+    def held(self) -> int:
+        now = self._c.mallinfo2()
+        return int(now.arena + now.hblkhd)
+
+    def pass_through(self, size: int) -> None:
+        self._c.free(self._c.malloc(size))
+
+    def allocate(self, number: int, size: int) -> None:
+        own, block = [self._c.malloc(each) for each in self._small], ctypes.c_void_p()
+        if self._c.posix_memalign(ctypes.byref(block), 64, size) != 0:
             sys.exit(1)
-        blocks.append((*own, block.value))
-        now = c.mallinfo2()
-        most = max(most, now.arena + now.hblkhd - before.arena - before.hblkhd)
-    print(most)
+        self._blocks[number] = (*own, block.value)
+
+    def free(self, number: int) -> None:
+        for address in self._blocks.pop(number, ()):
+            self._c.free(address)
+
+
+def main(threshold: int, again: int, small: list[int]) -> None:
+    """Replay what comes on the standard input, the last `again` sections three times."""
+    events = array.array("q", sys.stdin.buffer.read())
+    ends = [i for i, event in enumerate(events) if event == 0]
+    sections = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
+    sections += 2 * sections[len(sections) - again :]
+    memory = _Allocator(small)
+    # What is freed raises the size from which blocks are mapped: loading a model has done so.
+    memory.pass_through(threshold)
+    before = held = memory.held
+    most, got, numbers = 0, [], {0: 0}
+    for start, end in sections:
+        number, fresh = numbers[start], 0
+        for event in events[start:end]:
+            if event < 0:
+                memory.free(-event)
+                held = memory.held
+                continue
+            number += 1
+            memory.allocate(number, event)
+            last, held = held, memory.held
+            fresh += max(0, held - last)
+            most = max(most, held - before)
+        numbers[end + 1] = number
+        got.append(fresh)
+    print(most, *got[: len(ends)], *got[len(got) - again :])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), [int(size) for size in sys.argv[2:]])
+    main(int(sys.argv[1]), int(sys.argv[2]), [int(size) for size in sys.argv[3:]])

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hesscope.dryrun import META, Meter, Shadow, Work, resident_bytes, shadow_problem
+from hesscope.dryrun import META, Meter, Shadow, Work, resident, shadow_problem
 from hesscope.engines.base import Engine
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.memory import shapes_for
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 from hesscope.space import vectors as _vectors
+
+#: A check, a linearization and a product; the last two come again.
+_SECTIONS, _AGAIN = 3, 2
 
 
 class NotDry(HesscopeError):
@@ -35,6 +38,7 @@ class DryProduct:
         kept: bytes that the batch's linearization holds between products.
         prepare, build, product: the work of that check, of a linearization, and of a product on one.
         remark: what the engine says about itself.
+        fresh: bytes that come anew from the system in a first product, and in a second one: on the linearization if that is kept.
     """
 
     vectors: int
@@ -45,6 +49,14 @@ class DryProduct:
     build: Work
     product: Work
     remark: str = ""
+    fresh: tuple[int, int] = (0, 0)
+
+    def replayed(self, meter: Meter, device: torch.device) -> DryProduct:
+        """With what the allocator of a device makes of the allocations."""
+        once = meter.trace.count(0) == _SECTIONS
+        found = resident(meter.trace, meter.peak, device, again=_AGAIN if once else 0)
+        # A second product is a section of its own, or the linearization and the product once more.
+        return replace(self, resident=found.peak, fresh=(sum(found.fresh[:_SECTIONS]), sum(found.fresh[_SECTIONS:])))
 
 
 class DryRuns:
@@ -97,7 +109,7 @@ class DryRuns:
             warnings.simplefilter("ignore", HesscopeWarning)
             with meter:
                 found = run_product(engine, self.problem, self.space, V, meter, kept, checked, into, self._sum_dtype)
-        return replace(found, resident=resident_bytes(meter.trace, meter.peak, self.device)) if replayed else found
+        return found.replayed(meter, self.device) if replayed else found
 
 
 def run_product(
@@ -115,15 +127,19 @@ def run_product(
     if checked:
         engine.prepare(problem, space)
     prepare = meter.work
+    meter.mark()
     into = space.sums(_vectors.count(V), sum_dtype) if into is None else into
     made = engine.linearize(problem, 0, space)
     build = meter.work - prepare
+    meter.mark()
     made.add_product(V, into, last=not kept)
     held = made.bytes
     product = meter.work - prepare - build
+    meter.mark()
     if kept:
         del into  # the algorithm is done with it
         made.add_product(V, space.sums(_vectors.count(V), sum_dtype))
+        meter.mark()
     return DryProduct(_vectors.count(V), meter.peak, meter.peak, held, prepare, build, product, engine.note)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from hesscope.dryrun import Meter, Work, resident_bytes
+from hesscope.dryrun import Meter, Work
 from hesscope.engines import Engine
 from hesscope.engines.dry import DryProduct, largest_batch, run_product
 from hesscope.errors import HesscopeError
@@ -56,6 +56,7 @@ def extrapolated(problem: Problem, space: Space, make: Callable[[], Engine]) -> 
         kept=int(at([run.kept for run in runs])),
         build=work([run.build for run in runs]),
         product=work([run.product for run in runs]),
+        fresh=(max(0, int(at([run.fresh[0] for run in runs]))), max(0, int(at([run.fresh[1] for run in runs])))),
         remark=f"extrapolated from real runs of {', '.join(map(str, lengths))} tokens: the model asks for numbers as it runs",
     )
 
@@ -65,7 +66,7 @@ def _run(problem: Problem, space: Space, make: Callable[[], Engine], checked: bo
     engine = make()
     with Meter() as meter:
         found = run_product(engine, problem, space, V, meter, checked=checked)
-    return replace(found, resident=resident_bytes(meter.trace, meter.peak, problem.device))
+    return found.replayed(meter, problem.device)
 
 
 def _parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,8 +99,8 @@ def plan(
         clock = Clock(measure_rates(device, space.dtype), device, each=measure)
         measured = _trials(problem, space, makers, found, clock, shape) if measure else {}
         for name, product in found.items():
-            peak = _with_graphs(runs, makers[name], product, free, batches)
-            rows[name] = _row(product, peak, free, clock, measured.get(name), shape["passes"], wanted, batches)
+            kept = _with_graphs(runs, makers[name], product, free, batches)
+            rows[name] = _row(product, kept, free, clock, measured.get(name), shape["passes"], wanted, batches)
         chosen = _chosen({"streamed": rows["streamed"]} if offloaded(problem.model) and "streamed" in rows else rows)
         would_fit = _would_fit(runs, makers, chosen or _smallest(rows), rows, free, space)
     return Plan(
@@ -210,7 +211,7 @@ def _trials(
 
 def _row(
     dry: DryProduct,
-    peak: int,
+    kept: DryProduct,
     free: int,
     clock: Clock,
     measured: Trial | None,
@@ -218,38 +219,45 @@ def _row(
     wanted: int,
     batches: int,
 ) -> dict[str, Any]:
-    pace = measured or Trial()
+    pace, touch = measured or Trial(), clock.rates.first_touch
     check = pace.product.seconds(clock, dry.prepare)
     build = passes * pace.build.seconds(clock, dry.build)
     product = passes * pace.product.seconds(clock, dry.product)
-    touched = peak * clock.rates.first_touch
-    kept = min(batches, (free // 2) // max(dry.kept, 1))
-    anew = build * (1 - kept / batches)
+    graphs = _graphs(dry, free, batches)
+    first = check + build + product + touch * (dry.fresh[0] + (passes - 1) * dry.fresh[1])
+    anew = build + product + touch * passes * dry.fresh[1]
+    again = product + touch * passes * kept.fresh[1]
+    further = again if graphs == batches else again + (anew - again) * (1 - graphs / batches)
     return {
-        "peak_bytes": peak,
+        "peak_bytes": kept.resident,
         "least_bytes": dry.resident,
         "tensor_bytes": dry.peak,
-        "kept_bytes": kept * dry.kept,
+        "kept_bytes": graphs * dry.kept,
         "fits": dry.resident <= free,
-        "first_seconds": touched + check + build + product,
-        "further_seconds": anew + product,
-        "anew_seconds": build + product,
-        "total_seconds": touched + check + build + wanted * product + (wanted - 1) * anew,
+        "first_seconds": first,
+        "further_seconds": further,
+        "anew_seconds": anew,
+        "total_seconds": first + (wanted - 1) * further,
         "measured": measured is not None,
         "remark": dry.remark,
     }
 
 
-def _with_graphs(runs: DryRuns, make: Callable[[], Engine], dry: DryProduct, free: int, batches: int) -> int:
-    """The peak with the linearizations that are kept between products, as long as these take at most half of the memory."""
-    kept = min(batches, (free // 2) // max(dry.kept, 1))
-    if dry.kept < _WORTH_A_LOOK * dry.peak or kept == 0 or dry.resident > free:
-        return dry.resident
+def _graphs(dry: DryProduct, free: int, batches: int) -> int:
+    """How many linearizations are kept between products, so that they take at most half of the memory."""
+    return min(batches, (free // 2) // max(dry.kept, 1))
+
+
+def _with_graphs(runs: DryRuns, make: Callable[[], Engine], dry: DryProduct, free: int, batches: int) -> DryProduct:
+    """A product with the linearizations that are kept between products."""
+    graphs = _graphs(dry, free, batches)
+    if dry.kept < _WORTH_A_LOOK * dry.peak or graphs == 0 or dry.resident > free:
+        return dry
     try:
-        one = runs.product(make, kept=True).resident
+        one = runs.product(make, kept=True)
     except NotDry:
-        one = dry.resident + dry.kept // 2
-    return max(dry.resident, one) + (kept - 1) * dry.kept
+        one = replace(dry, resident=dry.resident + dry.kept // 2)
+    return replace(one, resident=max(dry.resident, one.resident) + (graphs - 1) * dry.kept)
 
 
 def _chosen(rows: dict[str, dict[str, Any]]) -> str | None:

@@ -8,6 +8,10 @@ or all of them would take long,
     seconds = factor * (flops / F + bytes / B + operations * o)
 
 with F, B and o from three loops of milliseconds, and the factor of each engine from that short sequence.
+
+What the operating system takes to hand out memory is no part of any of these times: an operation that is run by itself gets new
+memory where the same one in a product gets a gap between tensors, and the other way round. It is left out of what is measured, by
+counting page faults, and comes back by the bytes that come anew in the whole run.
 """
 
 from __future__ import annotations
@@ -28,6 +32,11 @@ from hesscope.memory import available_bytes
 from hesscope.problem import Problem
 from hesscope.space import Space
 
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
+
 #: Seconds that the small batch should take, about, and the fewest tokens that it has.
 _TRIAL, _SHORTEST = 0.3, 16
 #: The formula alone: an operation under autograd costs more than a bare one.
@@ -42,12 +51,13 @@ _ENOUGH, _REPEATS = 0.05, 5
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations and bytes a second, seconds an operation, and seconds a byte that is touched for the first time."""
+    """Operations and bytes a second, seconds an operation; seconds for a byte that comes anew, and for a page fault."""
 
     flops: float
     bytes: float
     overhead: float
     first_touch: float = 0.0
+    fault: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """What the formula gives."""
@@ -88,9 +98,9 @@ class Clock:
             raise torch.OutOfMemoryError("an operation has no room")
         run = kind.run(self.device)
         run()  # prepares what is prepared once
-        times = [_once(self.device, run)]
+        times = [_once(self.device, run, self.rates.fault)]
         while sum(times) < _ENOUGH and len(times) < _REPEATS:
-            times.append(_once(self.device, run))
+            times.append(_once(self.device, run, self.rates.fault))
         return median(times)
 
 
@@ -102,24 +112,28 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     multiply = best_seconds(device, lambda: square @ square)
     stream = best_seconds(device, lambda: long * 2.0)
     tiny = best_seconds(device, lambda: [one * 2.0 for _ in range(100)]) / 100
-    return Rates(2 * 768.0**3 / multiply, 2 * long.nbytes / stream, _PYTHON * tiny, _first_touch(device))
+    return Rates(2 * 768.0**3 / multiply, 2 * long.nbytes / stream, _PYTHON * tiny, *_first_touch(device))
 
 
-def _first_touch(device: torch.device) -> float:
-    """What the operating system takes for a byte that it hands out, beyond writing it; nothing on a GPU."""
+def _first_touch(device: torch.device) -> tuple[float, float]:
+    """What the operating system takes for a byte that it hands out, beyond writing it, and for a page fault; nothing on a GPU."""
     if device.type != "cpu":
-        return 0.0
+        return 0.0, 0.0
 
-    def fresh() -> tuple[float, float]:
+    def fresh() -> tuple[float, int]:
         block = torch.empty(_BLOCK, dtype=torch.uint8)
-        return _once(device, lambda: block.fill_(1)), _once(device, lambda: block.fill_(2))
+        before = _page_faults()
+        first = _once(device, lambda: block.fill_(1))
+        faults = _page_faults() - before
+        return max(0.0, first - _once(device, lambda: block.fill_(2))), faults
 
-    return max(0.0, min(first - again for first, again in (fresh() for _ in range(2)))) / _BLOCK
+    seconds, faults = min(fresh() for _ in range(3))
+    return seconds / _BLOCK, seconds / faults if faults else 0.0
 
 
-def best_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3) -> float:
-    """The shortest of a few runs: others on the machine only ever make one longer."""
-    return min(_once(device, work) for _ in range(repeats))
+def best_seconds(device: torch.device, work: Callable[[], object], repeats: int = 3, fault: float = 0.0) -> float:
+    """The shortest of a few runs, so much for every page fault left out: others on the machine only ever make one longer."""
+    return min(_once(device, work, fault) for _ in range(repeats))
 
 
 @dataclass(frozen=True)
@@ -168,8 +182,9 @@ def trial(
             part.fill_(1.0)
         made = engine.linearize(small, 0, space)
         made.add_product(V, into)  # torch prepares a good deal when something first runs
-        product = best_seconds(problem.device, lambda: made.add_product(V, into), 2)
-        build = best_seconds(problem.device, lambda: engine.linearize(small, 0, space), 2)
+        fault = clock.rates.fault
+        product = best_seconds(problem.device, lambda: made.add_product(V, into), 2, fault)
+        build = best_seconds(problem.device, lambda: engine.linearize(small, 0, space), 2, fault)
     except (HesscopeError, torch.OutOfMemoryError):
         return None
     return Trial(_pace(clock, full.build, dry.build, build), _pace(clock, full.product, dry.product, product))
@@ -192,12 +207,19 @@ def _work_of(small: Problem, space: Space, make: Callable[[], Engine]) -> DryPro
             return run_product(make(), small, space, space.zeros(), meter, checked=False)
 
 
-def _once(device: torch.device, work: Callable[[], object]) -> float:
+def _once(device: torch.device, work: Callable[[], object], fault: float = 0.0) -> float:
+    """Seconds of one run, without so much for every page fault in it."""
     _wait(device)
-    began = time.perf_counter()
+    faults, began = _page_faults(), time.perf_counter()
     work()
     _wait(device)
-    return time.perf_counter() - began
+    took = time.perf_counter() - began
+    return max(0.0, took - fault * (_page_faults() - faults)) if fault else took
+
+
+def _page_faults() -> int:
+    """Of this process so far, those that need no disk; none where the system does not say."""
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt) if resource else 0
 
 
 def _wait(device: torch.device) -> None:
