@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 import hesscope as hs
 import oracles
 from architectures import ragged_batches, tiny
+from hesscope.algorithms import checkpoint, driver
 from hesscope.algorithms.cross_norms import CrossNorms
 from hesscope.algorithms.grouping import grouped
+from hesscope.communicator import Alone
+from hesscope.operators.product_error import stated_errors
 
 LLAMA_BLOCK = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 LLAMA_BLOCK |= {"input_layernorm", "post_attention_layernorm"}
@@ -245,6 +249,55 @@ def test_norms_of_long_parameters_in_single_precision() -> None:
     while not norms.done:
         norms.step()
     assert float(norms.means[0, 1]) == pytest.approx(float(d.double().square().sum()), rel=1e-6)
+
+
+# ---- what the operator says of itself
+
+
+class _Second(Alone):
+    """The second of two ranks: files are the first's, which has found none."""
+
+    rank, ranks = 1, 2
+
+    def on(self, rank: int, find: Callable[[], Any]) -> Any:
+        return None if find.__module__ in (driver.__name__, checkpoint.__name__) else find()
+
+    def describe(self) -> dict[str, Any]:
+        return {"layout": "data parallel", "ranks": 2}
+
+
+def test_the_files_of_several_ranks_are_the_first_ones_business(tmp_path: Path) -> None:
+    class Shared(Dense):
+        comm = _Second()
+
+    H = Shared(torch.eye(3).double(), hs.operator(torch.eye(3).double()).space)
+    found = hs.groups(H, probes=2, steps=1, max_products=2, checkpoint=tmp_path / "run")
+    assert found.provenance["processes"] == {"layout": "data parallel", "ranks": 2}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_is_probed_to_its_own_tolerance() -> None:
+    """Products in bfloat16 are not as symmetric as those in float32."""
+
+    class Rounded(Dense):
+        tolerance = 0.1
+
+    A = torch.eye(60).double()
+    A[0, 1] = 0.05
+    space = hs.operator(torch.eye(60).double()).space
+    found = hs.groups(Rounded(A, space), probes=2, steps=60, max_products=60, tol=1.0)
+    assert 1e-3 < found.provenance["probe"]["symmetry"] < 0.1
+    with pytest.raises(hs.HesscopeError, match="some operation's second derivative is wrong"):
+        hs.groups(Dense(A, space), probes=2, steps=60, max_products=60, tol=1.0)
+
+
+def test_the_products_error_is_stated() -> None:
+    problem = hs.causal_lm(tiny("gpt2", torch.float32), ragged_batches()[2:])
+    with stated_errors():
+        found = hs.groups(hs.hessian(problem, hs.select(problem, "*ln_f*")), probes=2, steps=1, max_products=2, tol=1e9)
+    error = found.provenance["product_error"]
+    assert (error["of"], error["against"]) == ("float32", "float64")
+    assert 1e-9 < error["relative"] < 1e-4
 
 
 # ---- extreme cases

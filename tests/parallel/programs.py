@@ -335,6 +335,14 @@ def failures(folder: Path) -> dict[str, str]:
     return found
 
 
+def kept(folder: Path) -> dict[str, Any]:
+    """Groups of parameters in a run that could be interrupted."""
+    problem = hs.data_parallel(_problem())
+    H = hs.hessian(problem, hs.select(problem, "*ln_f*"))
+    found = hs.groups(H, "layer", probes=2, steps=2, max_products=2, tol=1e9, checkpoint=folder / "groups.partial")
+    return {"layout": found.provenance["processes"], "files": (folder / "groups.partial").exists()}
+
+
 def wrapped(folder: Path) -> dict[str, Tensor]:
     """A model in DistributedDataParallel."""
     problem = hs.data_parallel(_problem(nn.parallel.DistributedDataParallel(tiny("gpt2"))))

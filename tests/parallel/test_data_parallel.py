@@ -20,6 +20,7 @@ Found = dict[str, dict[str, torch.Tensor]]
 PROGRAMS = (
     "numbers",
     "in_groups",
+    "kept",
     "wrapped",
     "refusals",
     "failures",
@@ -81,6 +82,11 @@ def test_groups_of_ranks_divide_the_vectors(two: list[dict[str, Any]]) -> None:
     )  # the vectors of the first product, on the first batch
     assert all(rank["in_groups"]["given"][0] < 5 for rank in two)
     assert all("probe_groups to divide the number of ranks, 2," in rank["in_groups"]["three"] for rank in two)
+
+
+def test_groups_of_parameters_keep_one_state_for_all_ranks(two: list[dict[str, Any]]) -> None:
+    layout = {"layout": "data parallel", "ranks": 2, "backend": "gloo"}
+    assert [rank["kept"] for rank in two] == [{"layout": layout, "files": False}] * 2
 
 
 def test_a_model_in_distributed_data_parallel_is_taken_out_of_it(two: list[dict[str, Any]]) -> None:

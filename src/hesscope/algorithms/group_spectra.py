@@ -13,7 +13,9 @@ from hesscope.algorithms.basis import Home
 from hesscope.algorithms.density import Quadrature
 from hesscope.algorithms.driver import Iteration
 from hesscope.algorithms.eigs import Search, basis_capacity
+from hesscope.communicator import Communicator
 from hesscope.operators import Operator
+from hesscope.operators.product_error import ProductError
 from hesscope.space import Space, Vectors
 
 
@@ -35,6 +37,18 @@ class Tally(Operator):
         self._narrowed = None
         self._narrowed = self._base.narrowed(space)
         return self._narrowed or self._base.restricted_to(space)
+
+    @property
+    def tolerance(self) -> float:
+        return self._base.tolerance
+
+    @property
+    def known_error(self) -> ProductError | None:
+        return self._base.known_error
+
+    @property
+    def comm(self) -> Communicator:
+        return self._base.comm
 
     @property
     def units(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hesscope.communicator import Communicator
 from hesscope.operators.base import Operator
 from hesscope.space import Vectors, vectors
 
@@ -28,6 +29,10 @@ class DiagonalCongruence(Operator):
     @property
     def units(self) -> float:
         return self._base.units
+
+    @property
+    def comm(self) -> Communicator:
+        return self._base.comm
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "congruence", "of": self._base.describe(), "norm": float(self.space.norms(self.scales))}
