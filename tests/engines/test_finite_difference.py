@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from custom_functions import once_problem
 from hesscope.engines import make_engine
+from hesscope.errors import UnusedParameters
 from oracles import relative
 
 #: What four rounded gradients can give: rounding / step, balanced against step^2, with a margin of ten.
@@ -83,6 +84,27 @@ def test_a_loss_without_second_derivatives_by_autograd() -> None:
     problem, expected = once_problem()
     product = hs.hessian(problem, engine="finite-difference") @ torch.ones(1, dtype=torch.float64)
     assert float(product) == pytest.approx(expected, rel=1e-8)
+
+
+class _Spare(nn.Module):
+    """A linear layer and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.layer = nn.Parameter(torch.ones(2).double()), nn.Linear(3, 1, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.layer(x))
+
+
+def test_an_unused_parameter_has_zero_rows_and_a_warning() -> None:
+    batches = [(torch.randn(n, 3, generator=torch.Generator().manual_seed(n)).double(), torch.zeros(n, 1).double()) for n in (1, 3)]  # fmt: skip
+    H = hs.hessian(hs.supervised(_Spare(), batches, loss="mse"), engine="finite-difference")
+    with pytest.warns(UnusedParameters, match="does not depend on spare:"):
+        assert not (H @ torch.zeros(5).double()).any()  # whatever the vector
+    X = torch.cat([x for x, _ in batches])
+    expected = torch.block_diag(torch.zeros(2, 2).double(), 2 / 4 * X.T @ X)
+    assert relative(H.to_dense(), expected) < BOUND[torch.float64]
 
 
 @pytest.mark.filterwarnings("ignore::hesscope.HesscopeWarning")

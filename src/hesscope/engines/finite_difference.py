@@ -37,13 +37,21 @@ class _Differences(Linearization):
         self._problem, self._b, self._space = problem, b, space
         self._loss = head_loss(problem.loss)
         self._values = parameter_values(problem, space)
-        self.bytes, self.unused = 0, []
+        self.bytes = 0
         with torch.no_grad():
             self.total = float(problem.total(b, loss=self._loss)[0])
         self.head = head_note(self._loss)
         #: Estimated relative error of a product, the largest so far.
         self.error = 0.0
         self._eps: float | None = None
+        self._used: set[str] | None = None
+
+    @property
+    def unused(self) -> list[str]:  # type: ignore[override]
+        """What no gradient so far depends on; one where there was none yet, for a vector of zeros needs none."""
+        if self._used is None:
+            self._gradient(self._values)
+        return [name for name in self._space.names if name not in (self._used or ())]
 
     def gradient(self) -> Vectors:
         return self._gradient(self._values)
@@ -91,6 +99,7 @@ class _Differences(Linearization):
 
     def _gradient(self, values: dict[str, Tensor]) -> Vectors:
         _, parts = gradient_parts(self._problem, self._b, values, self._loss)
+        self._used = (self._used or set()) | {name for name, part in parts.items() if part is not None}
         result = self._space.zeros()
         for c in self._space.coordinates:
             part = parts[c.name]
