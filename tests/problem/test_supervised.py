@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hesscope as hs
@@ -61,6 +62,35 @@ def test_cross_entropy_with_class_probabilities() -> None:
     problem = hs.supervised(model, batches)
     assert problem.N == 7
     assert relative(matrix(problem), cross_entropy_hessian(X, model(X).detach())) < 1e-12
+
+
+HALF: dict[str, tuple[str, torch.dtype, Tensor]] = {
+    "classes, sum beyond float16": ("cross_entropy", torch.float16, torch.zeros(4000).long()),
+    "classes": ("cross_entropy", torch.bfloat16, torch.zeros(4000).long()),
+    "probabilities": ("cross_entropy", torch.bfloat16, torch.full((4000, 3), 1 / 3)),
+    "probabilities in bfloat16": ("cross_entropy", torch.bfloat16, torch.full((4000, 3), 1 / 3).bfloat16()),
+    "squares beyond float16": ("mse", torch.float16, torch.full((4000, 3), 400.0).half()),
+    "squares": ("mse", torch.bfloat16, torch.ones(4000, 3).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_half_precision_outputs_are_raised_before_they_are_summed(case: str) -> None:
+    """65504 is the largest number in float16."""
+    loss, dtype, targets = HALF[case]
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    with torch.no_grad():
+        model.weight.mul_(60.0)
+    batch = (torch.randn(4000, 4).to(dtype), targets)
+    problem = hs.supervised(model, [batch], loss=loss)
+    outputs = model(batch[0]).detach().double()
+    wide = targets.double() if targets.is_floating_point() else targets
+    exact = F.cross_entropy(outputs, wide) if loss == "cross_entropy" else F.mse_loss(outputs, wide)
+    assert problem.total(0)[0].dtype == torch.float32
+    assert problem.risk() == pytest.approx(float(exact), rel=1e-5)
+    if targets.dim() == 1:
+        assert problem.risk() * 4000 > 65504
 
 
 class Positions(nn.Module):

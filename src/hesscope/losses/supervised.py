@@ -36,7 +36,7 @@ class CrossEntropyLoss(_Supervised):
     """The sum of -log softmax(outputs)[target] over examples, in nats.
 
     Outputs are [B, C] or [B, C, ...] as for `torch.nn.functional.cross_entropy`; targets are class indices (-100 does
-    not count) or class probabilities of the outputs' shape.
+    not count) or class probabilities of the outputs' shape. Half-precision outputs are raised to float32 first.
     """
 
     #: In the outputs.
@@ -45,7 +45,8 @@ class CrossEntropyLoss(_Supervised):
     canonical = True
 
     def total_of_outputs(self, outputs: Tensor, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
-        return F.cross_entropy(outputs, batch[1], reduction="sum"), self._count(outputs, batch[1])
+        targets = raised(batch[1]) if batch[1].is_floating_point() else batch[1]
+        return F.cross_entropy(raised(outputs), targets, reduction="sum"), self._count(outputs, targets)
 
     def total(self, model: nn.Module, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         return self.total_of_outputs(self.outputs(model, batch), batch)
@@ -107,7 +108,8 @@ def _as_outputs(rows: Tensor, outputs: Tensor) -> Tensor:
 class SquaredErrorLoss(_Supervised):
     """The sum of (output - target)^2 over elements; the risk is their mean, as for `torch.nn.MSELoss`.
 
-    As a negative log-likelihood it belongs to independent normal targets of variance 1/2 around the outputs.
+    As a negative log-likelihood it belongs to independent normal targets of variance 1/2 around the outputs. Half-precision
+    outputs are raised to float32 first.
     """
 
     #: In the outputs.
@@ -121,7 +123,7 @@ class SquaredErrorLoss(_Supervised):
                 f"Expected outputs and targets of one shape for a squared error, got {list(outputs.shape)} and "
                 f"{list(batch[1].shape)}; reshape the targets (broadcasting would count terms that are not there)."
             )
-        return (outputs - batch[1]).square().sum(), outputs.numel()
+        return (raised(outputs) - batch[1]).square().sum(), outputs.numel()
 
     def total(self, model: nn.Module, batch: tuple[Any, Tensor]) -> tuple[Tensor, int]:
         return self.total_of_outputs(self.outputs(model, batch), batch)
