@@ -38,6 +38,24 @@ def test_overlaps_and_angles_are_those_that_were_put_in() -> None:
     assert found.sharpness.tolist() == pytest.approx([9.0] * 3)
 
 
+MIXED = [8.0, 5.0, -9.0, -7.0, *torch.linspace(-1, 1, 36).tolist()]
+#: {which: {k: the sharpness of spectra MIXED and -MIXED}}; by magnitude the leading two are negative at first, then positive.
+SHARPNESS: dict[str, dict[int, list[float]]] = {
+    "LM": {1: [math.nan, 9.0], 2: [8.0, 9.0], 3: [8.0, 9.0]},
+    "LA": {1: [8.0, 9.0], 2: [8.0, 9.0]},
+    "BE": {2: [8.0, 9.0]},
+    "SA": {2: [math.nan, math.nan]},
+}
+
+
+@pytest.mark.parametrize(("which", "k"), [(which, k) for which, ks in SHARPNESS.items() for k in ks])
+def test_sharpness_is_the_largest_eigenvalue_and_never_a_negative_one_of_large_magnitude(which: str, k: int) -> None:
+    chain = {"a": hs.operator(symmetric(MIXED)), "b": hs.operator(-symmetric(MIXED))}
+    found = hs.track_eigs(chain, k=k, which=which, tol=1e-9)
+    assert found.sharpness.tolist() == pytest.approx(SHARPNESS[which][k], rel=1e-8, nan_ok=True)
+    assert ("sharpness unknown at 1 of 2 checkpoints" in found.summary()) == (which == "LM" and k == 1)
+
+
 def test_turning_inside_the_leading_subspace_is_no_turning() -> None:
     A = symmetric(SPECTRUM)
     found = hs.track_eigs({"a": hs.operator(A), "b": hs.operator(rotated(A, 0.5, -1, -2))}, k=3, tol=1e-9)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesscope.results.base import Result
@@ -35,8 +36,14 @@ class EigsTrack(Result):
 
     @property
     def sharpness(self) -> Tensor:
-        """The most wanted eigenvalue at each checkpoint, [C]: for "LA" and "BE" the largest."""
-        return self.eigenvalues[:, 0]
+        """The largest eigenvalue at each checkpoint, [C]: the greatest of those found where that is known to be it, else NaN.
+
+        For "LA" and "BE" it always is, for "LM" where one of them is not negative, for "SA" never.
+        """
+        greatest = self.eigenvalues.amax(1)
+        if self.which in ("LA", "BE"):
+            return greatest
+        return torch.where((greatest >= 0) & (self.which == "LM"), greatest, torch.nan)
 
     @property
     def overlaps(self) -> Tensor:
@@ -60,7 +67,8 @@ class EigsTrack(Result):
         C, k = self.eigenvalues.shape
         state = "all converged" if all(self.converged) else f"NOT all converged to tol {self.tol:g}"
         head = f"{k} eigenvalue{'s' if k != 1 else ''} ({self.which}) at {C} checkpoints, {state}, {self.cost_line()}"
-        return "\n".join([head, *self._table(), *([f"  {said}"] if (said := self.savings()) else [])])
+        said = [line for line in (self.savings(), self._blunt()) if line]
+        return "\n".join([head, *self._table(), *(f"  {line}" for line in said)])
 
     def _table(self) -> list[str]:
         width = max(10, *map(len, self.names))
@@ -79,6 +87,16 @@ class EigsTrack(Result):
             return ""
         saved = sum(self.saved[1:])
         return f"warm starts {'saved' if saved >= 0 else 'cost'} {abs(saved)} of {sum(self.cold[1:])} products"
+
+    def _blunt(self) -> str:
+        """That the largest of all eigenvalues is not among the largest by magnitude, in words; empty where it is."""
+        unknown = int(self.sharpness.isnan().sum())
+        if self.which != "LM" or not unknown:
+            return ""
+        return (
+            f"sharpness unknown at {unknown} of {len(self.names)} checkpoints: what was found there, the largest by magnitude, is "
+            "negative; which='LA' finds the largest"
+        )
 
     def plot(self, path: str | Path) -> Path:
         from hesscope.figures.eigs_track import draw_track
