@@ -106,6 +106,8 @@ def test_an_output_folder_that_holds_a_run(
         (("--engine", "magic"), "reverse-over-reverse"),
         (("--operator", "magic"), "hessian"),
         (("--objective", "magic"), "perplexity"),
+        (("--kernel", "eager"), "only with --operator ggn"),
+        (("--kernel", "magic", "--operator", "ggn"), "auto, eager, compile or triton"),
         (("--batch-size", "0"), "at least 1"),
         (("--budget", "0"), "at least 1"),
         (("--checkpoint-every", "-1"), "0 or more"),

@@ -47,6 +47,7 @@ def test_a_verb_writes_result_manifest_and_figure(verb: str, own: list[str], com
     ("name", "own", "kept"),
     [
         ("ggn", [], {}),
+        ("ggn", ["--kernel", "eager"], {"kernel": "eager: as asked"}),
         ("fisher", ["--per", "sequence", "--samples", "2"], {"per": "sequence", "samples": 2, "seed": 4}),
         ("empirical-fisher", [], {"per": "token"}),
     ],

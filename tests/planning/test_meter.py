@@ -14,7 +14,7 @@ from architectures import ragged_batches, tiny
 from hesscope.dryrun import Meter
 from hesscope.engines import make_engine, make_output_engine
 from hesscope.engines.dry import DryRuns, largest_batch, run_product
-from hesscope.operators.output_hessian import output_hessian
+from hesscope.operators.output_hessian import OutputHessian
 
 
 def test_bytes_and_work_counted_by_hand() -> None:
@@ -48,7 +48,7 @@ def test_a_dry_run_takes_what_the_run_takes(name: str, engine: str, operator: st
     space = hs.select(problem)
 
     def make() -> object:
-        return make_engine(engine) if operator == "hessian" else make_output_engine(engine, output_hessian)
+        return make_engine(engine) if operator == "hessian" else make_output_engine(engine, OutputHessian())
 
     dry = DryRuns(problem, space).product(make, checked=False, replayed=False)  # type: ignore[arg-type]
     V = space.gaussian(0, ["v"])

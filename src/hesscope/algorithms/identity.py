@@ -8,7 +8,9 @@ from typing import Any
 from hesscope.operators import Operator
 
 #: What an operator's description says of how a run went, or derives from the problem, and not what the operator is.
-_VOLATILE = frozenset({"graphs_kept", "graph_bytes", "engine_choice", "engine_error", "head", "perplexity", "composed"})
+_VOLATILE = frozenset(
+    {"graphs_kept", "graph_bytes", "engine_choice", "engine_error", "head", "kernel", "perplexity", "composed"}
+)
 #: What a problem's description says of it beyond where it came from.
 _PROBLEM = {
     "model": "model",

@@ -60,6 +60,7 @@ class CommonOptions:
     operator: Annotated[str, _option("--operator", panel=_WHAT, help="hessian, ggn, fisher, empirical-fisher, kfac or ekfac.")] = "hessian"  # fmt: skip
     per: Annotated[str | None, _option("--per", panel=_WHAT, help="Gradients of a Fisher matrix, or what the eigenvalues of ekfac are means over: token (default) or sequence.")] = None  # fmt: skip
     samples: Annotated[int | None, _option("--samples", panel=_WHAT, help="Label sets that --operator fisher, kfac and ekfac draw from the model; 1 by default.")] = None  # fmt: skip
+    kernel: Annotated[str | None, _option("--kernel", panel=_WHAT, help="What gives a cross-entropy's output Hessian to --operator ggn: auto (default), eager, compile or triton.")] = None  # fmt: skip
     engine: Annotated[str, _option("--engine", panel=_WHAT, help="auto, reverse-over-reverse, forward-over-reverse, reverse-over-forward (all exact) or finite-difference.")] = "auto"  # fmt: skip
     seed: Annotated[int, _option("--seed", panel=_WHAT, help="Seed of every random vector.")] = 0  # fmt: skip
     memory: Annotated[str | None, _option("--memory", panel=_WHAT, help="Reckon with so much memory for the whole process, such as 8GB; what is free by default.")] = None  # fmt: skip

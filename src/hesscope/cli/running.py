@@ -148,12 +148,11 @@ def operator_of(common: CommonOptions, problem: Problem) -> Operator:
 
 def _settings(common: CommonOptions, taken: set[str]) -> dict[str, Any]:
     """The operator's own keywords; raises HesscopeError for an option that this operator does not have."""
-    given = {"per": common.per, "samples": common.samples}
+    given: dict[str, Any] = {"per": common.per, "samples": common.samples, "kernel": common.kernel}
     for name, value in given.items():
         if value is not None and name not in taken:
-            raise HesscopeError(
-                f"Expected --{name} only with a Fisher matrix, got it with --operator {common.operator}."
-            )
+            whose = "--operator ggn" if name == "kernel" else "a Fisher matrix"
+            raise HesscopeError(f"Expected --{name} only with {whose}, got it with --operator {common.operator}.")
     if common.precision is not None and "precision" not in taken:
         raise HesscopeError(
             f"Expected --precision with an operator that is made of products, got it with --operator {common.operator}."

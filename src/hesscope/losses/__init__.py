@@ -2,7 +2,7 @@
 
 from hesscope.losses.causal_lm import CausalLMLoss
 from hesscope.losses.chunked_head import ChunkedHead, HeadForm
-from hesscope.losses.derivatives import output_hessian_product, residual
+from hesscope.losses.derivatives import output_hessian_product, residual, takes_kernel
 from hesscope.losses.head import HeadLoss, counted, has_plain_head, head_loss, head_note, in_words, projection_of
 from hesscope.losses.head_functions import projected_cross_entropy
 from hesscope.losses.head_matrix import TokenMatrix, through_projection
@@ -46,5 +46,6 @@ __all__ = [
     "projected_cross_entropy",
     "projection_of",
     "residual",
+    "takes_kernel",
     "through_projection",
 ]

@@ -33,8 +33,35 @@ _Rows = Callable[[Tensor, Tensor, Tensor], Tensor]
 _trusted: dict[tuple[object, ...], str | None] = {}
 
 
+class Kernel:
+    """A kernel that was asked for by name, and a note of what has run; a warning of what stands in for it comes once.
+
+    Raises HesscopeError for an unknown name.
+    """
+
+    def __init__(self, asked: str = "auto") -> None:
+        if asked not in KERNELS:
+            raise HesscopeError(f"Expected kernel to be {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {asked!r}.")
+        self.asked = asked
+        self._ran: dict[str, None] = {}
+
+    @property
+    def note(self) -> str:
+        """What has run and why, each once; what was asked for where nothing has."""
+        return "; ".join(self._ran) or f"{self.asked}, not run yet"
+
+    def run(self, name: str, reason: str, stands_in_for: str | None = None) -> None:
+        """To be told of every run."""
+        said = f"{name}: {reason}" if stands_in_for is None else f"{name}, for {stands_in_for}: {reason}"
+        if said not in self._ran:
+            self._ran[said] = None
+            if stands_in_for is not None:
+                text = f"The {name} kernel stands in for {stands_in_for}: {reason}."
+                warnings.warn(text, HesscopeWarning, stacklevel=4)
+
+
 def cross_entropy_hessian_product(
-    logits: Tensor, targets: Tensor, u: Tensor, kernel: str = "auto", chunk: int | None = None
+    logits: Tensor, targets: Tensor, u: Tensor, kernel: str | Kernel = "auto", chunk: int | None = None
 ) -> Tensor:
     """H u for the sum over rows of -log softmax(logits)[target]. Not differentiable itself.
 
@@ -44,7 +71,7 @@ def cross_entropy_hessian_product(
         u: [T, V], or [K, T, V] for K vectors.
         kernel: "eager", "compile" (`torch.compile`), "triton", or "auto": triton for logits on a GPU where it is installed,
             eager otherwise. A kernel that does not run here, or differs from the eager one on the first rows, gives way to
-            it with a HesscopeWarning that says why.
+            it with a HesscopeWarning that says why. A `Kernel` for calls that belong together.
         chunk: rows at a time; by default so many that a chunk of u has 2^24 entries. The triton kernel needs no chunks.
 
     Returns:
@@ -61,20 +88,17 @@ def cross_entropy_hessian_product(
                 [ 0.0000,  0.0000]])
     """
     _require_shapes(logits, targets, u, chunk)
-    name, reason = choose_kernel(kernel, logits.device)
-    if kernel not in ("auto", name):
-        _warn(kernel, reason)
+    kernel = kernel if isinstance(kernel, Kernel) else Kernel(kernel)
     u_KTV = u if u.dim() == 3 else u[None]
     with torch.no_grad():
-        run = _function(name, logits, u) if logits.numel() and u.numel() else _eager
+        # On shapes alone there is nothing to run, and nothing to say of it.
+        run = _function(kernel, logits, u) if logits.numel() and u.numel() and not logits.is_meta else _eager
         found = run(logits, targets, u_KTV) if run is _triton else _in_chunks(run, logits, targets, u_KTV, chunk)
     return found.reshape(u.shape)
 
 
 def choose_kernel(kernel: str, device: torch.device) -> tuple[str, str]:
     """The kernel that will run for logits on a device, and why."""
-    if kernel not in KERNELS:
-        raise HesscopeError(f"Expected kernel to be {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {kernel!r}.")
     if kernel in ("eager", "compile"):
         return kernel, "as asked"
     missing = _no_triton(device)
@@ -138,9 +162,11 @@ def _in_chunks(run: _Rows, z_TV: Tensor, y_T: Tensor, u_KTV: Tensor, chunk: int 
 # ---- trust
 
 
-def _function(name: str, logits: Tensor, u: Tensor) -> _Rows:
-    """The kernel of that name if it runs and agrees with the eager one, which stands in for it otherwise."""
+def _function(kernel: Kernel, logits: Tensor, u: Tensor) -> _Rows:
+    """The kernel that was asked for if it runs and agrees with the eager one, which stands in for it otherwise."""
+    name, reason = choose_kernel(kernel.asked, logits.device)
     if name == "eager":
+        kernel.run(name, reason, None if kernel.asked in ("auto", name) else kernel.asked)
         return _eager
     run = _compile if name == "compile" else _triton
     kind = (name, logits.device.type, logits.dtype, u.dtype)
@@ -148,8 +174,9 @@ def _function(name: str, logits: Tensor, u: Tensor) -> _Rows:
         _trusted[kind] = _objection(run, logits, u)
     objection = _trusted[kind]
     if objection is not None:
-        _warn(name, objection)
+        kernel.run("eager", objection, name)
         return _eager
+    kernel.run(name, reason)
     return run
 
 
@@ -174,10 +201,6 @@ def _objection(run: _Rows, logits: Tensor, u: Tensor) -> str | None:
         if not math.isfinite(float(size.max())) or gap <= limit
         else f"it differs from the eager kernel by {gap:.1e}"
     )
-
-
-def _warn(kernel: str, reason: str) -> None:
-    warnings.warn(f"The eager kernel stands in for {kernel}: {reason}.", HesscopeWarning, stacklevel=4)
 
 
 def _require_shapes(logits: Tensor, targets: Tensor, u: Tensor, chunk: int | None) -> None:

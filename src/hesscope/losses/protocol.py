@@ -35,7 +35,10 @@ class SplitLoss(Loss, Protocol):
 
 @runtime_checkable
 class HasOutputHessian(Protocol):
-    """A loss that knows the second derivative of its sum in the outputs; autograd finds it for one that does not."""
+    """A loss that knows the second derivative of its sum in the outputs; autograd finds it for one that does not.
+
+    One that leaves it to a cross-entropy's kernels has a further parameter `kernel`.
+    """
 
     def output_hessian_product(self, outputs: Tensor, batch: Any, u: Tensor) -> Tensor:
         """The Hessian of the sum in the outputs, times u, which is shaped like them."""

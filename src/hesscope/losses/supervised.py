@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hesscope.errors import HesscopeError
 from hesscope.losses.cross_entropy import IGNORED, cross_entropy_residual
-from hesscope.losses.output_hessian import cross_entropy_hessian_product
+from hesscope.losses.output_hessian import Kernel, cross_entropy_hessian_product
 from hesscope.losses.sampling import sample_classes, sample_normal
 from hesscope.losses.tokens import raised
 
 #: (output - target)^2 is the negative log-likelihood, up to a constant, of a normal distribution of this variance.
-_VARIANCE = 0.5
+VARIANCE = 0.5
 
 
 class _Supervised:
@@ -59,15 +59,18 @@ class CrossEntropyLoss(_Supervised):
             return targets.sum(axis, keepdim=True) * z.softmax(axis) - targets
         return _as_outputs(cross_entropy_residual(_rows(z), targets.reshape(-1)), z)
 
-    def output_hessian_product(self, outputs: Tensor, batch: tuple[Any, Tensor], u: Tensor) -> Tensor:
+    def output_hessian_product(
+        self, outputs: Tensor, batch: tuple[Any, Tensor], u: Tensor, kernel: str | Kernel = "auto"
+    ) -> Tensor:
         """(diag p - p p^T) u for every example; times m for class probabilities of sum m."""
         z, targets = raised(outputs), batch[1]
         if targets.is_floating_point():
             axis = _class_axis(z)
             everywhere = torch.zeros(z.numel() // z.shape[axis], dtype=torch.int64, device=z.device)
-            product = cross_entropy_hessian_product(_rows(z), everywhere, _rows(raised(u)))
+            product = cross_entropy_hessian_product(_rows(z), everywhere, _rows(raised(u)), kernel)
             return _as_outputs(product, z) * targets.sum(axis, keepdim=True)
-        return _as_outputs(cross_entropy_hessian_product(_rows(z), targets.reshape(-1), _rows(raised(u))), z)
+        product = cross_entropy_hessian_product(_rows(z), targets.reshape(-1), _rows(raised(u)), kernel)
+        return _as_outputs(product, z)
 
     def term_axes(self, outputs: Tensor) -> tuple[int, ...]:
         """The classes: a term is an example (or one of its positions)."""
@@ -142,4 +145,4 @@ class SquaredErrorLoss(_Supervised):
 
     def sample(self, outputs: Tensor, batch: tuple[Any, Tensor], key: int, first: int) -> tuple[Any, Tensor]:
         """The batch with targets drawn from the normal distributions around the outputs."""
-        return batch[0], sample_normal(raised(outputs), _VARIANCE, key, first)
+        return batch[0], sample_normal(raised(outputs), VARIANCE, key, first)

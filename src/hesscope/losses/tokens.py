@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hesscope.losses.cross_entropy import IGNORED, cross_entropy_residual, summed_cross_entropy
-from hesscope.losses.output_hessian import cross_entropy_hessian_product
+from hesscope.losses.output_hessian import Kernel, cross_entropy_hessian_product
 from hesscope.losses.sampling import sample_classes
 from hesscope.models.hooked import hooked_logits, is_hooked
 
@@ -20,12 +20,14 @@ class LogitsLoss(ABC):
     convex = True
     #: The second derivative in the logits does not depend on the targets.
     canonical = True
+    #: What of a batch is the loss's alone.
+    unread: tuple[str, ...] = ("labels",)
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The logits, [B, T, vocabulary]."""
         if is_hooked(model):
             return hooked_logits(model, batch)
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs = {key: value for key, value in batch.items() if key not in self.unread}
         output = model(**inputs, use_cache=False) if hasattr(model, "config") else model(**inputs)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
@@ -66,10 +68,12 @@ class TokenLoss(LogitsLoss):
         rows = cross_entropy_residual(raised(outputs).flatten(0, 1), self.targets(batch).flatten())
         return rows.reshape(outputs.shape)
 
-    def output_hessian_product(self, outputs: Tensor, batch: dict[str, Any], u: Tensor) -> Tensor:
+    def output_hessian_product(
+        self, outputs: Tensor, batch: dict[str, Any], u: Tensor, kernel: str | Kernel = "auto"
+    ) -> Tensor:
         """(diag p - p p^T) u at every valid position, [B, T, vocabulary]."""
         rows = raised(outputs).flatten(0, 1), self.targets(batch).flatten(), raised(u).flatten(0, 1)
-        return cross_entropy_hessian_product(*rows).reshape(outputs.shape)
+        return cross_entropy_hessian_product(*rows, kernel).reshape(outputs.shape)
 
     def term_axes(self, outputs: Tensor) -> tuple[int, ...]:
         """The vocabulary: a term is a token."""

@@ -15,7 +15,9 @@ def ggn(
     space: Space | None = None,
     engine: str = "auto",
     graph_memory: int | None = None,
+    microbatch: int | None = None,
     precision: str | None = None,
+    kernel: str = "auto",
 ) -> Operator:
     """The generalised Gauss-Newton matrix of the problem's objective over a space.
 
@@ -35,10 +37,14 @@ def ggn(
         space: from `hesscope.select`; every trainable parameter by default.
         engine: "auto", which is "reverse-over-reverse".
         graph_memory: bytes that graphs kept between products may take; half of the free memory by default, 0 keeps none.
-        precision: as for `hesscope.hessian`.
+        microbatch, precision: as for `hesscope.hessian`.
+        kernel: of a cross-entropy's H_out: "eager", "compile" (`torch.compile`), "triton", or "auto": triton for logits on a GPU
+            where it is installed, eager otherwise. One that does not run, or differs from the eager one on the first rows, gives
+            way to it with a HesscopeWarning. `describe()["kernel"]` says what ran and why.
 
     Raises:
-        HesscopeError: a loss without outputs, an unknown engine, or a loss that is not finite.
+        HesscopeError: a loss without outputs, an unknown engine or kernel, a kernel for a loss that is no cross-entropy, a loss
+            that is not finite, or batches that cannot be split.
 
     Example:
         >>> import torch, hesscope as hs
@@ -49,9 +55,10 @@ def ggn(
     """
     space = own_space(problem, space)
     loss = problem.require_split_loss()
-    kept = make_output_engine(engine, output_hessian)
+    kept = make_output_engine(engine, output_hessian(problem, kernel))
     precision = own_precision(precision, problem, engine)
     convex = bool(getattr(loss, "convex", False))
+    kind = {"operator": "ggn"}
     return with_objective(
-        CurvatureOfRisk(problem, space, kept, graph_memory, {"operator": "ggn"}, convex, precision=precision)
+        CurvatureOfRisk(problem, space, kept, graph_memory, kind, convex, microbatch, precision=precision)
     )

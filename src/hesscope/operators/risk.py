@@ -17,13 +17,14 @@ from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.engines.streaming import Streamed, StreamedThroughOutputs
 from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.errors import HesscopeError
+from hesscope.losses import takes_kernel
 from hesscope.models import elsewhere, named_parameters, sharded, state_key
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import GraphMemory, KeptLinearizations, graph_memory_of
 from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
-from hesscope.operators.output_hessian import output_hessian
+from hesscope.operators.output_hessian import OutputHessian
 from hesscope.operators.probed_diagonal import ProbedDiagonal
 from hesscope.operators.product_error import ProductError, are_stated, measure_product_error
 from hesscope.operators.room import make_room
@@ -65,6 +66,8 @@ class CurvatureOfRisk(Operator):
         self.engine = engine
         self._microbatch = microbatch
         self._parts = problem if microbatch is None else microbatched(problem, microbatch)
+        if microbatch is not None and isinstance(engine, (ThroughOutputs, StreamedThroughOutputs)):
+            engine.middle = rebound(engine.middle, self._parts)
         self._memory = graph_memory_of(self._parts, graph_memory) if memory is None else memory
         #: What engines know: vectors that are not divided among processes.
         self._inner = space.whole
@@ -267,7 +270,7 @@ class CurvatureOfRisk(Operator):
         if self._probed is not None:
             self._probed.drop()
         if self._gauss_newton is None:
-            engine = make_output_engine(Streamed.name if self._is_streamed else "auto", output_hessian)
+            engine = make_output_engine(Streamed.name if self._is_streamed else "auto", OutputHessian())
             self._gauss_newton = CurvatureOfRisk(
                 self.problem, self.space, engine, self._graph_memory, {"operator": "ggn"}, True, self._microbatch, self._memory,
                 self.precision,
@@ -327,7 +330,15 @@ class CurvatureOfRisk(Operator):
             "graph_bytes": self._graphs.bytes,
             "engine_error": self._error,
             "head": self._graphs.head,
+            **self._kernel(),
         }
+
+    def _kernel(self) -> dict[str, str]:
+        """What gives the output Hessian, where that is a cross-entropy's."""
+        middle = getattr(self.engine, "middle", None)
+        if not isinstance(middle, OutputHessian) or not takes_kernel(self.problem.require_split_loss()):
+            return {}
+        return {"kernel": middle.kernel.note}
 
     def origin(self) -> dict[str, Any] | None:
         return self.problem.describe()
@@ -370,7 +381,7 @@ class CurvatureOfRisk(Operator):
         """The same as `run` of a twin of its problem, by double backward or that engine: labels that `run` drew are kept."""
         own = run.engine
         if engine is None and isinstance(own, (ThroughOutputs, StreamedThroughOutputs)):
-            engine = ThroughOutputs(own.middle)
+            engine = ThroughOutputs(OutputHessian("eager") if isinstance(own.middle, OutputHessian) else own.middle)
         return self._like(twin, space, engine or ReverseOverReverse(), precision)
 
     def _like(self, problem: Problem, space: Space, engine: Engine, precision: str | None) -> CurvatureOfRisk:

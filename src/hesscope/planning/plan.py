@@ -17,7 +17,7 @@ from hesscope.engines.dry import DryProduct, DryRuns, NotDry, elements, largest_
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes, memory_limit, parse_bytes
 from hesscope.models import is_shadow, offloaded
-from hesscope.operators.output_hessian import output_hessian
+from hesscope.operators.output_hessian import OutputHessian
 from hesscope.operators.risk import APART, own_precision, own_space, sum_dtype
 from hesscope.planning.extrapolation import extrapolated
 from hesscope.planning.fitting import Room, largest_batch_size, largest_length, largest_vectors
@@ -143,7 +143,7 @@ def _makers(operator: str, engines: Sequence[str] | None) -> dict[str, Callable[
         }
     known = [name for name in names if name in ("reverse-over-reverse", "streamed")]
     return {
-        name: partial(make_output_engine, name, output_hessian)
+        name: partial(make_output_engine, name, OutputHessian())
         for name in known or ("reverse-over-reverse", "streamed")
     }
 
