@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscope as hs
 from architectures import VOCABULARY, ragged_batches, tiny
 from hesscope.losses import LastTokenCrossEntropyLoss, OneHotSquaredErrorLoss, SplitLoss
 from hesscope.problem.causal_lm import with_loss
+from hesscope.space.random import normals, stream_key, uniforms
 from oracles import (
     derivatives,
     entries_of,
+    linearized_lm,
     mean_last_token_nll,
     mean_nll,
     mean_one_hot_error,
@@ -110,3 +115,111 @@ def test_another_loss_of_the_same_problem() -> None:
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(hs.HesscopeError, match="next_token, classification, regression"):
         hs.causal_lm(tiny("gpt2"), batches(), loss="hinge")
+
+
+# ---- GGN and Fisher matrices, against the Jacobian written down whole
+
+#: Llama's RMSNorm casts to float32.
+EXACT = {"gpt2": 1e-10, "llama": 1e-6}
+F64 = torch.float64
+
+
+def outer(g: torch.Tensor) -> torch.Tensor:
+    """sum over rows of g g^T."""
+    return g.T @ g
+
+
+@cache
+def expected(name: str, loss: str) -> tuple[hs.Problem, hs.Space, dict[str, torch.Tensor]]:
+    """A problem, a selection, and the matrices: J the logits' Jacobian at the targets that count, r the loss's derivatives."""
+    model = tiny(name)
+    problem = hs.causal_lm(model, batches(), loss=loss)
+    space = hs.select(problem, "*.h.1.ln_1.bias" if name == "gpt2" else "model.layers.1.input_layernorm.weight")
+    of = linearized_lm(model, batches(), space)
+    z, J, y, sequence = of.logits, of.jacobian, of.targets, of.sequences
+    if loss == "classification":
+        last = torch.tensor([int((sequence == s).nonzero()[-1]) for s in sequence.unique()])
+        z, J, y, sequence = z[last], J[last], y[last], sequence[last]
+    N = len(z) if loss == "classification" else z.numel()
+    key, first = stream_key(3, "fisher/0"), torch.arange(z.numel())
+    if loss == "classification":
+        p = z.softmax(-1)
+        H_out = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        drawn = (p.cumsum(-1) < uniforms(key, first[: len(z)])[:, None]).sum(-1)
+        own, sampled = (p - F.one_hot(t, VOCABULARY) for t in (y, drawn))
+    else:
+        H_out = 2 * torch.eye(VOCABULARY, dtype=F64).expand(len(z), -1, -1)
+        own = 2 * (z - F.one_hot(y, VOCABULARY))
+        sampled = -2 * 0.5**0.5 * normals(key, first).reshape(z.shape)
+    found = {"ggn": torch.einsum("mvi,mvw,mwj->ij", J, H_out, J) / N}
+    for kind, r in {"empirical": own, "sampled": sampled}.items():
+        g = torch.einsum("mvi,mv->mi", J, r)
+        each = g if loss == "classification" else (J * r[..., None]).flatten(0, 1)
+        found[f"{kind}, token"] = outer(each) / N
+        found[f"{kind}, sequence"] = outer(torch.stack([g[sequence == s].sum(0) for s in sequence.unique()])) / N
+    return problem, space, found
+
+
+@pytest.mark.parametrize("loss", ["classification", "regression"])
+@pytest.mark.parametrize("name", EXACT)
+def test_matrices_through_the_outputs(name: str, loss: str) -> None:
+    problem, space, dense = expected(name, loss)
+    for engine in ("auto", "streamed"):
+        assert relative(hs.ggn(problem, space, engine).to_dense(), dense["ggn"]) < EXACT[name]
+    for per in ("token", "sequence"):
+        E, S = hs.empirical_fisher(problem, space, per), hs.fisher(problem, space, 1, per, 3)
+        assert relative(E.to_dense(), dense[f"empirical, {per}"]) < EXACT[name]
+        assert relative(S.to_dense(), dense[f"sampled, {per}"]) < EXACT[name]
+    assert hs.ggn(problem, space).positive_semidefinite
+
+
+@pytest.mark.parametrize("make", [LastTokenCrossEntropyLoss, OneHotSquaredErrorLoss])
+def test_derivatives_in_the_logits_are_autograds_and_the_mean_over_drawn_labels(make: Callable[[], Any]) -> None:
+    """E[r] = 0 and E[<r, u>^2] = <u, H_out u>, to four standard errors of 1000 draws."""
+    loss, g = make(), torch.Generator().manual_seed(0)
+    z, u = torch.randn(2, 3, 5, 7, generator=g, dtype=F64)
+    batch = {"labels": torch.tensor([[0, 1, -100, 3, -100], [-100] * 5, [2, -100, -100, 6, 5]])}
+    z.requires_grad_()
+    (first,) = torch.autograd.grad(loss.total_of_outputs(z, batch)[0], z, create_graph=True)
+    (second,) = torch.autograd.grad(first, z, u)
+    z = z.detach()
+    torch.testing.assert_close(loss.residual(z, batch), first.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(loss.output_hessian_product(z, batch, u), second, rtol=1e-12, atol=1e-14)
+    batches = [loss.sample(z, batch, stream_key(0, f"{i}"), 0) for i in range(1000)]
+    along = torch.stack([(loss.residual(z, drawn) * u).sum() for drawn in batches])
+    for draws, mean in ((along, 0.0), (along.square(), float((u * second).sum()))):
+        assert abs(float(draws.mean()) - mean) < 4 * float(draws.std()) / 1000**0.5
+    assert not torch.stack([loss.residual(z, drawn) for drawn in batches[:9]])[:, 1].any()
+    assert [loss.total_of_outputs(z, drawn)[1] for drawn in batches[:2]] == [loss.total_of_outputs(z, batch)[1]] * 2
+
+
+def test_kronecker_factors_of_the_output_projection() -> None:
+    """One position a sequence: G and A are means over the sequences' last valid targets."""
+    model, key = tiny("qwen2"), stream_key(3, "fisher/0")
+    problem = hs.causal_lm(model, ragged_batches(), loss="classification")
+    a, z = [], []
+    for batch, own in zip(ragged_batches(), problem.batches, strict=True):
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            found = model(**inputs, use_cache=False, output_hidden_states=True)
+        for s, labels in enumerate(own["labels"]):
+            if len(last := (labels[1:] != -100).nonzero()):
+                a.append(found.hidden_states[-1][s, last[-1, 0]])
+                z.append(found.logits[s, last[-1, 0]])
+    p, N = torch.stack(z).double().softmax(-1), len(z)
+    drawn = (p.cumsum(-1) < uniforms(key, torch.arange(N))[:, None]).sum(-1)
+    G, A = outer(p - F.one_hot(drawn, VOCABULARY)) / N, outer(torch.stack(a)) / N
+    K = hs.kfac(problem, hs.select(problem, "lm_head.weight[:6, :5]"), seed=3)
+    assert relative(K.to_dense(), torch.kron(G[:6, :6], A[:5, :5])) < EXACT["llama"]
+
+
+@pytest.mark.parametrize("loss", ["classification", "regression"])
+def test_diagonals_of_a_ggn_from_drawn_labels(loss: str) -> None:
+    problem, space, dense = expected("gpt2", loss)
+    found = hs.diagonal(hs.ggn(problem, space), "sampled", budget=40)
+    t = (found.flat() - dense["ggn"].diag()) / found.standard_error[space.names[0]].flatten()
+    assert float(t.square().mean()) < 3
+    H = hs.hessian(problem, space)
+    assert H.has_gauss_newton
+    v = space.gaussian(0, [0])
+    assert relative(space.flatten(H.gauss_newton_product(v)), dense["ggn"] @ space.flatten(v)) < EXACT["gpt2"]

@@ -48,6 +48,7 @@ class _Peculiar(nn.Module):
 PROBLEMS: dict[str, Callable[[], hs.Problem]] = {
     "tokens in chunks": language_model,
     "whole logits": lambda: hs.causal_lm(_seeded(_Peculiar()), [torch.arange(3, 12)[None]]),
+    "last tokens": lambda: language_model(loss="classification"),
     "examples": examples,
     "probabilities": lambda: examples(probabilities=True),
     "perplexity": lambda: language_model(objective="perplexity"),
