@@ -39,6 +39,7 @@ def fisher(
     seed: int | None = 0,
     engine: str = "auto",
     graph_memory: int | None = None,
+    microbatch: int | None = None,
     precision: str | None = None,
 ) -> Operator:
     """The Fisher information matrix of the model's predictions, with sampled labels, over a space.
@@ -61,10 +62,11 @@ def fisher(
         samples: label sets drawn and averaged.
         per: "token" (one gradient a term of the loss) or "sequence" (one a row of the outputs' first axis).
         seed: of the labels; None draws one and records it.
-        engine, graph_memory, precision: as for `hesscope.ggn`.
+        engine, graph_memory, microbatch, precision: as for `hesscope.ggn`.
 
     Raises:
-        HesscopeError: a loss that cannot sample targets, objective="perplexity", an unknown `per`, samples below one.
+        HesscopeError: a loss that cannot sample targets, objective="perplexity", an unknown `per`, samples below one, batches
+            that cannot be split.
 
     Example:
         >>> import torch, hesscope as hs
@@ -86,7 +88,7 @@ def fisher(
     kind = {"operator": "fisher", "per": per, "samples": samples, "seed": seed}
     middle = _OuterProducts(per, SampledBatches(problem, problem.loss, samples, seed))
     kept, precision = make_output_engine(engine, middle), own_precision(precision, problem, engine)
-    return CurvatureOfRisk(problem, space, kept, graph_memory, kind, True, precision=precision)
+    return CurvatureOfRisk(problem, space, kept, graph_memory, kind, True, microbatch, precision=precision)
 
 
 def empirical_fisher(
@@ -95,6 +97,7 @@ def empirical_fisher(
     per: str = "token",
     engine: str = "auto",
     graph_memory: int | None = None,
+    microbatch: int | None = None,
     precision: str | None = None,
 ) -> Operator:
     """The empirical Fisher matrix over a space: the gradients' second moment at the data's own labels.
@@ -107,10 +110,10 @@ def empirical_fisher(
 
     Args:
         per: "token" (one gradient a term of the loss) or "sequence" (one a row of the outputs' first axis).
-        engine, graph_memory, precision: as for `hesscope.ggn`.
+        engine, graph_memory, microbatch, precision: as for `hesscope.ggn`.
 
     Raises:
-        HesscopeError: a loss without outputs, objective="perplexity", an unknown `per`.
+        HesscopeError: a loss without outputs, objective="perplexity", an unknown `per`, batches that cannot be split.
 
     Example:
         >>> import torch, hesscope as hs
@@ -124,7 +127,7 @@ def empirical_fisher(
     kind = {"operator": "empirical-fisher", "per": per}
     middle = _OuterProducts(per, _OwnLabels(problem))
     kept, precision = make_output_engine(engine, middle), own_precision(precision, problem, engine)
-    return CurvatureOfRisk(problem, space, kept, graph_memory, kind, True, precision=precision)
+    return CurvatureOfRisk(problem, space, kept, graph_memory, kind, True, microbatch, precision=precision)
 
 
 def _checked(problem: Problem, space: Space | None, per: str, name: str) -> Space:

@@ -21,6 +21,7 @@ from hesscope.operators.kronecker_factors import KroneckerFactors, Labelled
 from hesscope.operators.matrix_run import DiagonalBlocks, MatrixRun
 from hesscope.operators.risk import own_space
 from hesscope.problem import Problem
+from hesscope.problem.microbatches import microbatched
 from hesscope.space import Coordinates, Space, Vectors
 from hesscope.space.random import resolve_seed
 
@@ -36,6 +37,7 @@ def kfac(
     samples: int = 1,
     seed: int | None = 0,
     per: str = "token",
+    microbatch: int | None = None,
 ) -> Operator:
     """The Kronecker-factored approximation of the Fisher matrix over weights of linear layers (K-FAC, EKFAC).
 
@@ -65,10 +67,11 @@ def kfac(
         samples: label sets drawn and averaged.
         seed: of the labels; None draws one and records it.
         per: "token" or "sequence": what the corrected eigenvalues are means over.
+        microbatch: as for `hesscope.hessian`.
 
     Raises:
         HesscopeError: a parameter that is not the weight of a linear layer, a loss without outputs or without sampled
-            labels, objective="perplexity", an unknown setting, factors that would not fit in memory.
+            labels, objective="perplexity", an unknown setting, factors that would not fit in memory, batches that cannot be split.
 
     Source: J. Martens and R. Grosse, 2015; R. Grosse and J. Martens, 2016; T. George et al., 2018; R. Eschenhagen et al., 2023.
 
@@ -87,17 +90,19 @@ def kfac(
     kind: dict[str, Any] = {"operator": "ekfac" if corrected else "kfac", "labels": labels}
     kind |= {"samples": samples, "seed": seed} if labels == "sampled" else {}
     kind |= {"per": per} if corrected else {}
-    uses = watch_every_use(problem, space)
+    kind |= {} if microbatch is None else {"microbatch": microbatch}
+    parts = problem if microbatch is None else microbatched(problem, microbatch)
+    uses = watch_every_use(parts, space)
     boxes = _linear_boxes(space, uses)
-    sequences = _sequences(problem, boxes, uses) if per == "sequence" else None
+    sequences = _sequences(parts, boxes, uses) if per == "sequence" else None
     _require_memory(space, boxes, corrected)
     labelled: Labelled = (
-        SampledBatches(problem, problem.loss, samples, seed)
+        SampledBatches(parts, problem.loss, samples, seed)
         if labels == "sampled" and isinstance(problem.loss, SamplingLoss)
-        else lambda b, outputs: [problem.on_device(b)]
+        else lambda b, outputs: [parts.on_device(b)]
     )
     return KroneckerFactored(
-        problem, KroneckerFactors(problem, space, boxes, labelled, samples, sequences), vectors_of, kind
+        problem, KroneckerFactors(parts, space, boxes, labelled, samples, sequences), vectors_of, kind
     )
 
 
