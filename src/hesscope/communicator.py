@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -80,6 +80,10 @@ class Communicator(ABC):
     @abstractmethod
     def watched(self) -> Any:
         """A context whose exception, where it ends a rank's part in the work, becomes known to the ranks that wait for it."""
+
+    def connected(self) -> Any:
+        """A context in which ranks may exchange by other means: a connection that breaks is a `RankLost`."""
+        return nullcontext()
 
     @abstractmethod
     def describe(self) -> dict[str, Any] | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+Started = subprocess.Popen[bytes]
 RANK = Path(__file__).parent / "rank.py"
 
 
@@ -28,8 +31,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(ranks: int, folder: Path, *programs: str, seconds: float = 900.0) -> list[dict[str, Any]]:
-    """What the programs return on every rank."""
+def start_command(folder: Path, ranks: int, *command: str, only: Sequence[int] | None = None) -> dict[int, Started]:
+    """The command on so many ranks, or only some of these; each writes its errors to a file beside the folder, RANK.err."""
+    port = free_port()
+    words = [sys.executable, "-m", "hesscope", *command, "--output-dir", str(folder)]
+    started = {}
+    for rank in range(ranks) if only is None else only:
+        own = environment(rank, ranks, port) if ranks > 1 else dict(os.environ)
+        with (folder.parent / f"{rank}.err").open("w") as errors:
+            started[rank] = subprocess.Popen(words, env=own, stderr=errors, stdout=subprocess.DEVNULL)
+    return started
+
+
+def run_ranks(
+    ranks: int, folder: Path, *programs: str, seconds: float = 900.0, killed: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """What the programs return on every rank but those that are killed on the way."""
     port = free_port()
     started = [
         subprocess.Popen([sys.executable, str(RANK), str(folder), *programs], env=environment(rank, ranks, port))
@@ -40,5 +57,6 @@ def run_ranks(ranks: int, folder: Path, *programs: str, seconds: float = 900.0) 
     finally:
         for process in started:
             process.kill()
-    assert codes == [0] * ranks
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    left = [rank for rank in range(ranks) if rank not in killed]
+    assert codes == [0 if rank in left else -signal.SIGKILL for rank in range(ranks)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in left]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from shared_cases import ARCHITECTURES, DIVIDED, QUICK, cases, few_cases, grouped_cases, tensor_cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import hesscope as hs
@@ -443,11 +443,12 @@ class _at_step:
 
 # ---- out of step: last of all
 
+LAST = ("gone", "never_came", "killed_in_arranging", "killed_in_gathering")
+
 
 def gone(folder: Path) -> dict[str, Any]:
     """A rank that an exception of its own ends, while the others wait for it."""
     problem = hs.data_parallel(_problem(), timeout=TIMEOUT)
-    began = time.monotonic()
     if dist.get_rank() == 1:
         try:
             with problem.comm.watched():
@@ -455,9 +456,44 @@ def gone(folder: Path) -> dict[str, Any]:
         except OSError:
             time.sleep(2 * TIMEOUT)
         return {"said": "left"}
-    said = "nothing"
+    return _timed(lambda: hs.trace(hs.hessian(problem), "hutchinson", budget=3))
+
+
+def never_came(folder: Path) -> dict[str, Any]:
+    """A rank is killed before it has anything to do with the others."""
+    if dist.get_rank() == 1:
+        _die()
+    return _timed(lambda: hs.data_parallel(_problem(), timeout=0.5))
+
+
+def killed_in_arranging(folder: Path) -> dict[str, Any]:
+    """A rank is killed while the ranks tell each other what they hold of the weights."""
+    if dist.get_rank() == 1:
+        dist.all_gather_object = _die
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    model = hs.fully_shard_model(in_parallel(tiny("qwen2"), mesh["tensor"]), mesh["data"])
+    return _timed(lambda: hs.data_parallel(_problem(model)))
+
+
+def killed_in_gathering(folder: Path) -> dict[str, Any]:
+    """A rank is killed where a vector is given as DTensors of another placement."""
+    problem = fully_sharded(_problem())
+    H = hs.hessian(problem, hs.select(problem, "transformer.h.1.mlp.c_fc.weight"))
+    given = {name: p.detach().redistribute(placements=[Shard(1)]) for name, p in problem.model.named_parameters() if name in H.space.names}  # type: ignore[attr-defined]  # fmt: skip
+    if dist.get_rank() == 1:
+        DTensor.full_tensor = _die  # type: ignore[method-assign]
+    return _timed(lambda: H @ given)
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _timed(run: Callable[[], Any]) -> dict[str, Any]:
+    """How a rank was lost to this one, and after how many seconds."""
+    began = time.monotonic()
     try:
-        hs.trace(hs.hessian(problem), "hutchinson", budget=3)
+        run()
     except RankLost as error:
-        said = str(error)
-    return {"said": said, "seconds": time.monotonic() - began}
+        return {"said": str(error), "seconds": time.monotonic() - began}
+    return {"said": "nothing", "seconds": 0.0}

@@ -99,10 +99,11 @@ class Operator(ABC):
 
     def __matmul__(self, v: Tensor | dict[str, Tensor]) -> Any:
         if isinstance(v, dict):
-            found = self.matmat(self.space.from_dict(v))
-            if any(hasattr(part, "to_local") for part in v.values()):
-                return self.space.like(v, found)
-            return {name: part[0] for name, part in self.space.gathered(found).items()}
+            with self.comm.connected():
+                found = self.matmat(self.space.from_dict(v))
+                if any(hasattr(part, "to_local") for part in v.values()):
+                    return self.space.like(v, found)
+                return {name: part[0] for name, part in self.space.gathered(found).items()}
         if not isinstance(v, Tensor):
             raise HesscopeError(
                 f"Expected a tensor or a dictionary of tensors, got {type(v).__name__}; to_scipy() takes NumPy arrays."

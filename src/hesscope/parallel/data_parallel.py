@@ -72,8 +72,9 @@ def divided(problem: Problem, comm: Communicator, options: Mapping[str, str] | N
 
     Raises HesscopeError, on every rank, where they have not.
     """
-    if store := sharded(problem.model):
-        comm.join(store.exchange)
+    with comm.connected():
+        if store := sharded(problem.model):
+            comm.join(store.exchange)
     own = {
         "weights": problem.describe()["weights_fingerprint"],
         "data": problem.data_fingerprint,

@@ -54,8 +54,8 @@ class Ranks(Communicator):
         name = (
             f"hesscope/{next(_NUMBERS)}/{'-'.join(map(str, dist.get_process_group_ranks(group or dist.group.WORLD)))}"
         )
-        self._store = PrefixStore(name, _get_default_store())
-        self._watch = Watch(self._store, self.rank, self.ranks, timeout)
+        self._watch = Watch(PrefixStore(name, _get_default_store()), self.rank, self.ranks, timeout)
+        self._store = self._watch.store
         self._sequence = 0
         self._exchange: Exchange | None = None
         #: Bytes given to reductions so far, and how many there were.
@@ -168,7 +168,8 @@ class Ranks(Communicator):
     @contextmanager
     def watched(self) -> Iterator[None]:
         try:
-            yield
+            with self.connected():
+                yield
         except RankLost:
             raise
         except KeyboardInterrupt as interrupt:
@@ -180,6 +181,15 @@ class Ranks(Communicator):
         except BaseException as error:
             if not getattr(error, "_hesscope_told", False):
                 self._watch.say(_words(error))
+            raise
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+                raise self._watch.lost() from error
             raise
 
     def describe(self) -> dict[str, Any] | None:
@@ -262,41 +272,33 @@ class Ranks(Communicator):
 
     def _letters(self, value: Any, senders: Sequence[int]) -> list[Any]:
         """What the senders have to say, on every rank. The store keeps a letter until all have read it."""
-        self._start()
         self._sequence += 1
         number = self._sequence
-        if self.rank in senders:
-            self._post(f"letter/{number}/{self.rank}", pickle.dumps(value))
-        found = [pickle.loads(self._read(f"letter/{number}/{sender}")) for sender in senders]
-        # The last reader clears up.
-        if self._store.add(f"read/{number}", 1) == self.ranks:
-            for sender in senders:
-                self._store.delete_key(f"letter/{number}/{sender}")
-            self._store.delete_key(f"read/{number}")
-        return found
-
-    def _post(self, key: str, value: bytes) -> None:
         try:
-            self._store.set(key, value)  # type: ignore[arg-type]  # takes bytes as well
+            self._start()
+            if self.rank in senders:
+                self._store.set(f"letter/{number}/{self.rank}", pickle.dumps(value))
+            found = [pickle.loads(self._read(f"letter/{number}/{sender}")) for sender in senders]
+            # The last reader clears up.
+            if self._store.add(f"read/{number}", 1) == self.ranks:
+                for sender in senders:
+                    self._store.delete_key(f"letter/{number}/{sender}")
+                self._store.delete_key(f"read/{number}")
         except RuntimeError as error:
             raise self._watch.lost() from error
+        return found
 
     def _read(self, key: str) -> bytes:
         began, pause = time.monotonic(), 1e-4
         self._watch.begin()
         looked = began
-        try:
-            while not self._store.check([key]):
-                time.sleep(pause)
-                pause = min(1.5 * pause, 0.05)
-                if time.monotonic() - looked > _SLICE:
-                    looked = time.monotonic()
-                    self._watch.check(looked - began)
-            return bytes(self._store.get(key))
-        except RankLost:
-            raise
-        except RuntimeError as error:
-            raise self._watch.lost() from error
+        while not self._store.check([key]):
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.05)
+            if time.monotonic() - looked > _SLICE:
+                looked = time.monotonic()
+                self._watch.check(looked - began)
+        return bytes(self._store.get(key))
 
     def _broadcast(self, empty: _Empty, own: Iterator[Tensor], source: int) -> Tensor:
         """One of a rank's tensors, on every rank's CPU."""

@@ -1,7 +1,7 @@
 """Who is still there: heartbeats and last words in a store that all ranks can read.
 
 A rank that fails says why before it goes, and whoever waits for it says the same. A rank that is killed says nothing: its
-connections break, which ends waiting at once, or its heartbeat stops.
+connections break, which ends waiting at once, or its heartbeat stops, or never begins.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from torch.distributed.distributed_c10d import Store
 
 from hesscope.errors import RankLost
+from hesscope.parallel.patient import Patient
 
+#: A rank that has not come is lost after so many times the seconds of silence: it may be loading.
+PATIENCE = 10
 _BEAT = 1.0
 _LOST, _RAISED = "lost", "raised"
 
@@ -24,7 +27,9 @@ class Watch:
     """One rank's view of the others, through a store; `timeout` is how many seconds of silence make a rank lost."""
 
     def __init__(self, store: Store, rank: int, ranks: int, timeout: float) -> None:
-        self._store, self._rank, self._ranks, self.timeout = store, rank, ranks, timeout
+        self.store, self._rank, self.timeout = Patient(store, timeout), rank, timeout
+        self._others = [other for other in range(ranks) if other != rank]
+        self._awaited, self._came = set(self._others), time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
         self._said = False
         self._stop = threading.Event()
@@ -36,6 +41,7 @@ class Watch:
         """Stop the heartbeat; a rank that leaves in peace is not missed."""
         self._stop.set()
         self._thread.join(2 * _BEAT)
+        self.store.close()
 
     def _beat(self, store: Store) -> None:
         count = 0
@@ -56,21 +62,21 @@ class Watch:
         """Take it back: the exception was everybody's, and this rank goes on."""
         if self._said:
             self._said = False
-            self._store.set("failed", "")
+            self.store.set("failed", "")
 
     def _post(self, kind: str, cause: str) -> bool:
         """Leave word unless somebody was first; whether it is ours."""
         word = f"{kind}\n{self._rank}\n{cause}"
         try:
-            return bool(self._store.compare_set("failed", "", word).decode() == word)
+            return bool(self.store.compare_set("failed", "", word).decode() == word)
         except RuntimeError:
             return False
 
     def _word(self) -> tuple[str, str] | None:
         """Kind and sentence of what another rank left."""
-        if not self._store.check(["failed"]):
+        if not self.store.check(["failed"]):
             return None
-        word = self._store.get("failed").decode()
+        word = self.store.get("failed").decode()
         if not word:
             return None
         kind, rank, cause = word.split("\n", 2)
@@ -85,12 +91,12 @@ class Watch:
         self._seen = {}
 
     def check(self, waited: float) -> None:
-        """Raise RankLost where a rank that is waited for has failed, or has been silent for `timeout` seconds."""
+        """Raise RankLost where a rank has failed, has been silent for `timeout` seconds, or has not come in ten times that."""
         try:
             word = self._word()
             beats = self._beats()
         except RuntimeError as error:
-            raise RankLost(_STORE_GONE) from error
+            raise RankLost(_NO_ANSWER) from error
         # An exception that is everybody's, such as bad input, is raised here as well in a moment.
         if word and (word[0] == _LOST or waited >= min(10.0, self.timeout / 4)):
             raise RankLost(word[1])
@@ -101,10 +107,12 @@ class Watch:
                 self._seen[rank] = (count, now)
             elif now - before[1] > self.timeout:
                 raise self._lost([rank])
+        if self._awaited and now - self._came > PATIENCE * self.timeout:
+            raise self._lost(sorted(self._awaited), came=False)
 
     def lost(self) -> RankLost:
-        """Why a connection broke: what a rank said, or which one is gone."""
-        return self.missing() or self._lost([])
+        """Why a connection broke: what a rank said, or which one is gone, or has not come."""
+        return self.missing() or self._lost(sorted(self._awaited), came=not self._awaited)
 
     def missing(self) -> RankLost | None:
         """What a rank that failed has said, or which one has fallen silent, after three beats; None where all are there."""
@@ -117,24 +125,31 @@ class Watch:
                     time.sleep(_BEAT / 2)
                 now = self._beats()
             except RuntimeError:
-                return RankLost(_STORE_GONE)
+                return RankLost(_NO_ANSWER)
             silent = [rank for rank, count in now.items() if before.get(rank) == count]
             return self._lost(silent) if silent else None
 
-    def _lost(self, silent: list[int]) -> RankLost:
-        ranks = f"Rank {', '.join(map(str, silent))}" if silent else "A rank"
+    def _lost(self, ranks: list[int], came: bool = True) -> RankLost:
+        named = f"Rank {', '.join(map(str, ranks))}" if ranks else "A rank"
+        how = "stopped without a word" if came else "has not come"
+        why = "killed (often for want of memory), or its machine is gone" if came else "not started, or stopped before"
         self._post(
             _LOST,
-            f"{ranks} stopped without a word: killed (often for want of memory), or its machine is gone; the others "
-            "stop too, and the same command continues from the last checkpoint.",
+            f"{named} {how}: {why}; the others stop too, and the same command continues from the last checkpoint.",
         )
-        word = self._word()
-        return RankLost(word[1] if word else f"{ranks} stopped without a word.")
+        try:
+            word = self._word()
+        except RuntimeError:
+            return RankLost(_NO_ANSWER)
+        return RankLost(word[1] if word else f"{named} {how}.")
 
     def _beats(self) -> dict[int, int]:
-        others = [rank for rank in range(self._ranks) if rank != self._rank]
-        found = self._store.multi_get([f"beat/{rank}" for rank in others]) if others else []
-        return {rank: int(count) for rank, count in zip(others, found, strict=True)}
+        """Of the others, those that have come."""
+        if self._awaited:
+            self._awaited = {rank for rank in self._awaited if not self.store.check([f"beat/{rank}"])}
+        here = [rank for rank in self._others if rank not in self._awaited]
+        found = self.store.multi_get([f"beat/{rank}" for rank in here]) if here else []
+        return {rank: int(count) for rank, count in zip(here, found, strict=True)}
 
 
 def _own(store: Store) -> Store:
@@ -143,9 +158,9 @@ def _own(store: Store) -> Store:
     return own
 
 
-_STORE_GONE = (
-    "The rank or launcher that keeps the ranks' store is gone: killed (often for want of memory), or its machine is gone; the "
-    "same command continues from the last checkpoint."
+_NO_ANSWER = (
+    "The rank or launcher that keeps the ranks' store does not answer: it has stopped or was killed (often for want of memory), or "
+    "its machine is gone; the same command continues from the last checkpoint."
 )
 
 
