@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +146,12 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(
         flag in text for flag in ("--model", "--data", "--params", "--operator", "--output-dir", "--which", "--tol")
     )
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, hesscope.cli.app; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode == 0
 
 
 def test_a_study_takes_the_exact_diagonal_from_a_run_and_draws_others(command: Command, tmp_path: Path) -> None:

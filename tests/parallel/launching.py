@@ -37,7 +37,7 @@ def start_command(folder: Path, ranks: int, *command: str, only: Sequence[int] |
     words = [sys.executable, "-m", "hesscope", *command, "--output-dir", str(folder)]
     started = {}
     for rank in range(ranks) if only is None else only:
-        own = environment(rank, ranks, port) if ranks > 1 else dict(os.environ)
+        own = environment(rank, ranks, port) if ranks > 1 else {**os.environ, "OMP_NUM_THREADS": "1"}
         with (folder.parent / f"{rank}.err").open("w") as errors:
             started[rank] = subprocess.Popen(words, env=own, stderr=errors, stdout=subprocess.DEVNULL)
     return started

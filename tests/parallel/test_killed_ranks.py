@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -27,8 +28,19 @@ LONG = [
         "0",
     ),
 ]
-#: The heartbeat's timeout, and what a busy machine adds; mostly connections break at once.
+#: Connections break at once; what naming the rank takes, on a busy machine.
+BROKEN = 20.0
+#: With --timeout 3, before all have joined: twice ten times that, and what a busy machine adds.
 STATED = 75.0
+
+
+#: What the ranks that are left may say.
+CAUSES = (
+    "stopped without a word: killed",
+    "has not come: not started, or stopped before",
+    "keeps the ranks' store does not answer",
+    "Could not join the other processes within 30 seconds",
+)
 
 
 def start(folder: Path, ranks: int, *more: str) -> dict[int, Started]:
@@ -47,45 +59,60 @@ def wait_for_checkpoint(folder: Path, processes: dict[int, Started]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "kills"), [("data", 10), ("fsdp", 4)])
 def test_kills_at_random_moments_end_with_the_same_numbers(layout: str, kills: int, tmp_path: Path) -> None:
+    """Every other one soon after a checkpoint, and every other one at any moment from the start on."""
     # Without a basis rounding grows from step to step, and another order of summing with it.
-    engine = ("--engine", "streamed", "--basis", "--steps", "30") if layout == "fsdp" else ()
-    whole = start(tmp_path / "whole", 1, *engine)
+    more = ("--engine", "streamed", "--basis", "--steps", "15") if layout == "fsdp" else ("--steps", "20")
+    began = time.monotonic()
+    whole = start(tmp_path / "whole", 1, *more)
     assert whole[0].wait(timeout=240) == 0
-    moments, named = random.Random(0), 0
+    seconds = time.monotonic() - began
+    moments, resumed, out = random.Random(0), [], tmp_path / "out"
     for kill in range(kills):
-        ranks = 3 if kill == kills // 2 else 2
-        processes = start(tmp_path / "out", ranks, *engine, "--layout", layout)
+        ranks, at_work = 3 if kill == kills // 2 else 2, kill % 2 == 0
+        processes = start(out, ranks, *more, "--layout", layout, *(() if at_work else ("--timeout", "3")))
+        if at_work:
+            wait_for_checkpoint(out, processes)
+        time.sleep(moments.uniform(0.0, 0.4 if at_work else seconds))
         victim = moments.randrange(ranks)
-        wait_for_checkpoint(tmp_path / "out", processes)
-        time.sleep(moments.uniform(0.0, 0.4))
         processes[victim].kill()
-        killed = time.monotonic()
-        for rank, process in processes.items():
-            process.wait(timeout=STATED)
-            said = said_by(tmp_path, rank)
-            named += rank != victim and "hesscope: rank" in said
-            if rank != victim:
-                assert process.returncode == 1, said
-                assert (
-                    f"Rank {victim} stopped without a word" in said or "keeps the ranks' store does not answer" in said
-                )
-                assert "Traceback" not in said
-        assert time.monotonic() - killed < STATED
-        assert not (tmp_path / "out").exists()
-    assert named == kills + 1
-    processes = start(tmp_path / "out", 2, *engine, "--layout", layout)
-    assert [process.wait(timeout=240) for process in processes.values()] == [0, 0]
-    found, expected = hs.load(tmp_path / "out"), hs.load(tmp_path / "whole")
-    assert found.products == expected.products
-    assert found.provenance["resumed"] >= kills - 2
-    for name, tensor in expected.tensors().items():
+        codes = ends(processes, BROKEN if at_work else STATED)
+        if out.exists():  # it had come to its end
+            resumed.append(same(out, tmp_path / "whole"))
+            shutil.rmtree(out)
+            continue
+        for rank in processes.keys() - {victim}:
+            assert codes[rank] == 1
+            assert any(cause in said_by(tmp_path, rank) for cause in CAUSES)
+            assert said_by(tmp_path, rank).count("hesscope: rank") == 1
+            assert "Traceback" not in said_by(tmp_path, rank)
+    assert set(ends(start(out, 2, *more, "--layout", layout), 240).values()) == {0}
+    resumed.append(same(out, tmp_path / "whole"))
+    assert sum(resumed) >= kills // 2 - len(resumed)
+
+
+def ends(processes: dict[int, Started], within: float) -> dict[int, int]:
+    """The statuses of ranks that stop in time."""
+    stop = time.monotonic() + within
+    try:
+        return {rank: process.wait(max(0.0, stop - time.monotonic())) for rank, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def same(folder: Path, expected: Path) -> int:
+    """Hold a folder's numbers to another's; returns how often the run was resumed."""
+    found, whole = hs.load(folder), hs.load(expected)
+    assert found.products == whole.products
+    for name, tensor in whole.tensors().items():
         torch.testing.assert_close(found.tensors()[name], tensor, rtol=1e-8, atol=1e-9 * float(tensor.abs().max()))
+    return int(found.provenance["resumed"])
 
 
 def said_by(folder: Path, rank: int) -> str:
-    """What a rank has written to its errors, without the log of torch's own C++ parts."""
-    lines = (folder / f"{rank}.err").read_text().splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("["))
+    """What a rank has written to its errors."""
+    return (folder / f"{rank}.err").read_text()
 
 
 def _state(folder: Path) -> float:

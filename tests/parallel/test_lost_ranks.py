@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,16 @@ from typing import Any
 import pytest
 from launching import Started, run_ranks, start_command
 from programs import DEMO
-from test_killed_ranks import LONG, said_by, wait_for_checkpoint
+from test_killed_ranks import LONG, ends, said_by, wait_for_checkpoint
 
 pytestmark = pytest.mark.slow
 #: For what takes a fixed time: what a busy machine adds.
 BUSY = 20.0
 
 
-def ends(folder: Path, processes: dict[int, Started], status: int, within: float) -> list[str]:
+def last_words(folder: Path, processes: dict[int, Started], status: int, within: float) -> list[str]:
     """What each of these ranks says when it stops."""
-    began = time.monotonic()
-    try:
-        assert {process.wait(timeout=within) for process in processes.values()} == {status}
-        assert time.monotonic() - began < within
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+    assert set(ends(processes, within).values()) == {status}
     return [said_by(folder, rank) for rank in processes]
 
 
@@ -38,7 +30,7 @@ def test_a_rank_that_is_never_started(tmp_path: Path) -> None:
         (tmp_path / str(rank)).mkdir()
         came[rank] = start_command(tmp_path / str(rank) / "out", 2, "trace", *DEMO, "--timeout", "0.5", only=[rank])
     for rank, processes in came.items():
-        (said,) = ends(tmp_path / str(rank), processes, 1, 2 * 10 * 0.5 + BUSY)
+        (said,) = last_words(tmp_path / str(rank), processes, 1, 2 * 10 * 0.5 + BUSY)
         assert said.startswith(f"hesscope: rank {rank}: Could not join the other processes within 5 seconds (")
         assert said.count("\n") == 1
 
@@ -72,9 +64,9 @@ def test_a_rank_that_falls_silent_or_is_asked_to_stop(tmp_path: Path) -> None:
         for name, (rank, kind) in signals.items():
             wait_for_checkpoint(tmp_path / name / "out", started[name])
             started[name][rank].send_signal(kind)
-        (without_0,) = ends(tmp_path / "0", {1: started["0"][1]}, 1, 4 + BUSY)
-        (without_1,) = ends(tmp_path / "1", {0: started["1"][0]}, 1, 4 + BUSY)
-        stopped = ends(tmp_path / "stop", started["stop"], 130, BUSY)
+        (without_0,) = last_words(tmp_path / "0", {1: started["0"][1]}, 1, 4 + BUSY)
+        (without_1,) = last_words(tmp_path / "1", {0: started["1"][0]}, 1, 4 + BUSY)
+        stopped = last_words(tmp_path / "stop", started["stop"], 130, BUSY)
     finally:
         for process in (process for processes in started.values() for process in processes.values()):
             process.kill()

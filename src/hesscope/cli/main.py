@@ -78,6 +78,7 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch is not loaded yet; what fails is raised, too
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", HesscopeWarning)
     warnings.showwarning = _show_warning

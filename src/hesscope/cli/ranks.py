@@ -9,21 +9,23 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from hesscope.communicator import Communicator
     from hesscope.problem import Problem
 
 LAYOUTS = ("data", "fsdp", "hsdp")
-_COMM: ContextVar[Communicator] = ContextVar("comm", default=ALONE)
+_COMM: ContextVar[Communicator | None] = ContextVar("comm", default=None)
 
 
 def comm() -> Communicator:
     """The ranks of this command."""
-    return _COMM.get()
+    from hesscope.communicator import ALONE
+
+    return _COMM.get() or ALONE
 
 
 def started_by_launcher() -> bool:
@@ -35,7 +37,7 @@ def require_layout(layout: str) -> None:
     """Raises HesscopeError for an unknown layout, and for one that divides weights where there is one process."""
     if layout not in LAYOUTS:
         raise HesscopeError(f"Expected --layout to be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, got {layout!r}.")
-    if layout != "data" and comm() is ALONE:
+    if layout != "data" and _COMM.get() is None:
         raise HesscopeError(f"Expected several processes with --layout {layout}; put torchrun before the command.")
 
 
@@ -52,7 +54,7 @@ def divided_model(layout: str, load: Callable[[], nn.Module], skeleton: Callable
 
 def shared(problem: Problem, options: dict[str, Any]) -> Problem:
     """The problem with its batches divided among the ranks of this command; all must have the same, and the same options."""
-    if comm() is ALONE:
+    if _COMM.get() is None:
         return problem
     from hesscope.parallel import divided
 
