@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +276,27 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_removed_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
+    H = killed_after(7, lambda: shutil.rmtree(tmp_path / "disk"))
+    with pytest.raises(
+        hs.HesscopeError, match=r"The folder '.*kept' of this run's checkpoint is gone \(No such"
+    ) as said:
+        hs.lanczos(H, 12, checkpoint=Checkpoint(tmp_path / "disk" / "kept", every=0.0))
+    assert H.products == 7
+    assert "\n" not in str(said.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_moved_away_and_comes_back_is_resumed_from(tmp_path: Path) -> None:
+    H = killed_after(7, lambda: (tmp_path / "disk").rename(tmp_path / "elsewhere"))
+    with pytest.raises(hs.HesscopeError, match="this run's checkpoint is gone"):
+        hs.lanczos(H, 12, checkpoint=Checkpoint(tmp_path / "disk" / "kept", every=0.0))
+    (tmp_path / "elsewhere").rename(tmp_path / "disk")
+    result = hs.lanczos(whole(), 12, checkpoint=tmp_path / "disk" / "kept")
+    assert result.provenance["resumed"] == 1
+    assert torch.equal(result.T, hs.lanczos(whole(), 12).T)
+
+
 def test_leftovers_of_a_killed_write_go(kept: Path) -> None:
     (kept / f".{STATE}.123").write_bytes(b"half")
     with pytest.raises(Killed):
@@ -299,7 +321,7 @@ def test_checkpoints_come_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.
         now[0] += 4.0
 
     monkeypatch.setattr(checkpoints.state_file, "write", write)
-    kept = Checkpoint(tmp_path / "kept", every=60.0)
+    kept = Checkpoint(tmp_path, every=60.0)
     kept.begin({})
     for _ in range(30):
         now[0] += 10.0

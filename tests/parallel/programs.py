@@ -405,6 +405,20 @@ def vanished(folder: Path) -> tuple[int, str]:
         return _run([*DENSITY[:-1], "60", "--output-dir", str(folder / "shared" / "out")])
 
 
+def moved(folder: Path) -> dict[str, tuple[int, str]]:
+    """The folder of a run's checkpoint is moved away, and back for the same command."""
+    there, away = folder / "moving", folder / "moving-away"
+    there.mkdir(exist_ok=True)
+    command = [*DENSITY, "--output-dir", str(there / "out")]
+    found = {}
+    with _at_step(5, lambda: there.rename(away) if dist.get_rank() == 0 else None):
+        found["gone"] = _run(command)
+    if dist.get_rank() == 0:
+        away.rename(there)
+    dist.barrier()
+    return found | {"back": _run(command)}
+
+
 def other_options(folder: Path) -> tuple[int, str]:
     """Ranks with other options."""
     return _run(["trace", *DEMO, "--seed", str(dist.get_rank()), "--output-dir", str(folder / "never")])

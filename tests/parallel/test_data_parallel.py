@@ -27,6 +27,7 @@ PROGRAMS = (
     "commands",
     "interrupted",
     "vanished",
+    "moved",
     "other_options",
     "gone",
 )
@@ -180,6 +181,19 @@ def test_a_folder_that_vanishes_is_one_sentence_on_every_rank(two: list[dict[str
         other = "Rank 0 stopped: " if rank else ""
         assert said.startswith(f"hesscope: rank {rank}: {other}Expected a folder that can be written to, got ")
         assert said.count("\n") == 1
+
+
+def test_a_checkpoint_that_vanishes_ends_all_and_goes_on_when_it_is_back(
+    two: list[dict[str, Any]], folder: Path
+) -> None:
+    for rank, found in enumerate(two):
+        status, said = found["moved"]["gone"]
+        assert status == 2
+        assert said.startswith(f"hesscope: rank {rank}: {'Rank 0 stopped: ' if rank else ''}The folder ")
+        assert "of this run's checkpoint is gone (No such file or directory): " in said
+        assert said.count("\n") == 1
+        assert found["moved"]["back"][0] == 0
+    assert hs.load(folder / "moving" / "out").provenance["resumed"] == 1
 
 
 def test_other_options_on_a_rank_are_refused(two: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -18,6 +19,8 @@ from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.space.random import resolve_seed
 
+#: How a system says that there is no such folder any more, removed or with its disk.
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN}
 STATE, LOCK = "state.safetensors", "lock"
 #: Changes with the meaning of what is in a state.
 _FORMAT = 1
@@ -129,12 +132,19 @@ class Checkpoint:
         return waited >= (worth if last else pause(self.every, self._cost))
 
     def write(self, saved: dict[str, Any]) -> None:
-        """Write the state now. A disk that is full does not end the run; it is a warning."""
+        """Write the state now. A disk that is full does not end the run; it is a warning.
+
+        Raises HesscopeError where the folder is gone.
+        """
         began = time.monotonic()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             state_file.write(self.folder / STATE, {"format": _FORMAT, "identity": self._identity, **saved})
         except OSError as error:
+            if error.errno in _GONE:
+                raise HesscopeError(
+                    f"The folder {str(self.folder)!r} of this run's checkpoint is gone ({error.strerror}): it was removed or moved, or "
+                    "its disk is no longer there; bring it back, and the same command continues from the last checkpoint."
+                ) from error
             if not self._complained:
                 self._complained = True
                 warnings.warn(
