@@ -70,12 +70,15 @@ def entries_of(space: Space) -> list[tuple[int, int]]:
 # ---- language models
 
 
-def causal_lm(model: nn.Module, batches: Sequence[Batch], space: Space) -> Derivatives:
-    """The mean negative log-likelihood and its dense derivatives over a space, in float64 on a copy of the model."""
+def causal_lm(model: nn.Module, batches: Sequence[Batch], space: Space, shift: int = 1) -> Derivatives:
+    """The mean negative log-likelihood and its dense derivatives over a space, in float64 on a copy of the model.
+
+    Position t predicts the label at t + shift: 0 for an encoder-decoder.
+    """
     copied = prepared_copy(model, torch.float64)
     parameters = selected_parameters(copied, space)
     with sdpa_kernel(SDPBackend.MATH):
-        return derivatives(mean_nll(copied, batches), parameters, entries_of(space))
+        return derivatives(mean_nll(copied, batches, shift), parameters, entries_of(space))
 
 
 def causal_lm_products(
@@ -97,13 +100,13 @@ def causal_lm_products(
     return results
 
 
-def mean_nll(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def mean_nll(model: nn.Module, batches: Sequence[Batch], shift: int = 1) -> Tensor:
     """Sum over all batches, divided once by the number of targets that count in all of them."""
     total, count = torch.zeros(()), 0
     for batch in batches:
-        targets = labels_of(batch)[:, 1:]
+        targets = labels_of(batch)[:, shift:]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        log_p = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
+        log_p = model(**inputs, use_cache=False).logits[:, : targets.shape[1]].log_softmax(-1)
         valid = targets != -100
         total = total - log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0][valid].sum()
         count += int(valid.sum())
@@ -153,9 +156,14 @@ def selected_parameters(model: nn.Module, space: Space) -> list[nn.Parameter]:
 
 
 def prepared_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose experts are written out; grouped kernels have no second derivative."""
+    """A copy whose experts are written out, as grouped kernels have no second derivative, and whose padding row has one.
+
+    An embedding leaves its padding row out; an encoder-decoder sees it where a label does not count.
+    """
     copied = copy.deepcopy(model).to(dtype)
     for module in copied.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
         if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
             module.config._experts_implementation = "eager"  # type: ignore[union-attr]
     return copied

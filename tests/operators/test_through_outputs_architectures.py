@@ -24,20 +24,20 @@ EXACT = 1e-10
 CASTS = 1e-6  # the model's own float32 operations
 SINGLE = 1e-5
 
-Made = Callable[[hs.Problem, hs.Space], hs.Operator]
+Made = Callable[..., hs.Operator]
 OPERATORS: dict[str, tuple[Made, Callable[[Linearized], Tensor]]] = {
     "ggn": (hs.ggn, lambda lin: lin.ggn()),
     "fisher per token": (
-        lambda p, s: hs.fisher(p, s, seed=3),
+        lambda p, s, **more: hs.fisher(p, s, seed=3, **more),
         lambda lin: lin.empirical_fisher("token", lin.sampled(3)),
     ),
     "fisher per sequence": (
-        lambda p, s: hs.fisher(p, s, samples=2, per="sequence"),
+        lambda p, s, **more: hs.fisher(p, s, samples=2, per="sequence", **more),
         lambda lin: sum(lin.empirical_fisher("sequence", lin.sampled(0, i)) for i in range(2)) / 2,
     ),
     "empirical per token": (hs.empirical_fisher, lambda lin: lin.empirical_fisher("token")),
     "empirical per sequence": (
-        lambda p, s: hs.empirical_fisher(p, s, per="sequence"),
+        lambda p, s, **more: hs.empirical_fisher(p, s, per="sequence", **more),
         lambda lin: lin.empirical_fisher("sequence"),
     ),
 }
@@ -50,11 +50,16 @@ def problem_of(name: str, model: nn.Module) -> hs.Problem:
     return hs.causal_lm(model, ragged_batches())
 
 
+def shift_of(name: str) -> int:
+    """Position t of a decoder alone predicts the token after it, that of an encoder-decoder its own label."""
+    return 0 if name in ENCODER_DECODERS else 1
+
+
 def errors(name: str, model: nn.Module) -> dict[str, float]:
     """Of every operator, on three random vectors."""
     problem = problem_of(name, model)
     space = hs.select(problem, some_of_everything(model))
-    dense = linearized_lm(model, problem.batches, space, shift=0 if name in ENCODER_DECODERS else 1)
+    dense = linearized_lm(model, problem.batches, space, shift_of(name))
     V = torch.randn(space.size, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with unused_experts_allowed():
         return {
@@ -89,9 +94,8 @@ def test_bfloat16_products_are_as_near_as_the_models_own_outputs_are(name: str) 
     model = tiny(name, torch.bfloat16)
     problem = problem_of(name, model)
     space = hs.select(problem, some_of_everything(model))
-    shift = 0 if name in ENCODER_DECODERS else 1
     exact, own = (
-        linearized_lm(model, problem.batches, space, shift, dtype) for dtype in (torch.float64, torch.bfloat16)
+        linearized_lm(model, problem.batches, space, shift_of(name), dtype) for dtype in (torch.float64, torch.bfloat16)
     )
     V = torch.randn(space.size, 2, generator=torch.Generator().manual_seed(2))
     for make, expected in OPERATORS.values():
