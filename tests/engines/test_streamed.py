@@ -303,6 +303,8 @@ def test_a_skip_connection_past_the_trunk() -> None:
 class Leaking(Chain):
     """The first block's output reaches the head as well, with little weight."""
 
+    share = 1e-4
+
     def between(self, h: Tensor) -> Tensor:
         self.seen = getattr(self, "seen", h)
         return h
@@ -310,12 +312,34 @@ class Leaking(Chain):
     def after(self, h: Tensor, start: Tensor) -> Tensor:
         seen, self.seen = self.seen, None
         del self.seen
-        return h if seen is h else h + 1e-4 * seen
+        return h if seen is h else h + self.share * seen
 
 
 def test_a_small_detour_is_noticed() -> None:
     with pytest.raises(hs.HesscopeError, match="carries something around them"):
         gap(Leaking())
+
+
+@pytest.mark.parametrize(("name", "seed"), [("llama", 5), ("gpt2", 2), ("opt", 1)])
+def test_single_coordinates_in_bfloat16_are_rounding_and_no_detour(name: str, seed: int) -> None:
+    """Some are off by more than half of themselves, in either arrangement."""
+    problem = hs.causal_lm(tiny(name, torch.bfloat16), ragged_batches())
+    space = hs.select(problem, random=40, seed=seed)
+    v = torch.ones(space.size)
+    H = hs.hessian(problem, space, "streamed")
+    assert relative(H @ v, hs.hessian(problem, space) @ v) < 16 * torch.finfo(torch.bfloat16).eps
+    assert H.describe()["engine_choice"].endswith(", which is rounding")
+
+
+class LeakingMuch(Leaking):
+    share = 0.5
+
+
+def test_a_detour_in_bfloat16_is_noticed_all_the_same() -> None:
+    ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+    problem = hs.Problem(LeakingMuch().bfloat16(), CausalLMLoss(), [{"input_ids": ids, "labels": ids}])
+    with pytest.raises(hs.HesscopeError, match="carries something around them"):
+        hs.hessian(problem, engine="streamed") @ torch.ones(hs.select(problem).size)
 
 
 class Between(Chain):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from hesscope.losses.cross_entropy import IGNORED
 from hesscope.problem import Problem
 from hesscope.problem.microbatches import split
 from hesscope.space import Space, Vectors, vectors
+
+#: Exact in every dtype, and no powers of two: products with such multiples of a vector are rounded anew.
+MULTIPLES = (1.125, 1.25, 1.375, 1.5, 1.625, 1.75)
+#: Two arrangements of one product differ by less than so many times what that does.
+_BEYOND = 6.0
 
 
 def one_sequence(problem: Problem) -> Problem:
@@ -66,15 +71,36 @@ def disagreement(space: Space, x: Vectors, y: Vectors) -> float:
     return float(found.max()) if bool(torch.isfinite(found).all()) else math.inf
 
 
-def largest_disagreement(space: Space, x: Vectors, y: Vectors) -> float:
-    """The largest |x - y| / |y| over the parameters, each against at least a thousandth of the whole |y|; x, y one vector."""
+def largest_disagreement(space: Space, x: Vectors, y: Vectors, rounding: Mapping[str, float] | None = None) -> float:
+    """The largest |x - y| / |y| over the parameters, each against at least a thousandth of the whole |y|; x, y one vector.
+
+    With `rounding`, that of every parameter of y, only over those whose |x - y| is more than rounding does.
+    """
     floor = max(1e-3 * float(space.norms(y)), 1e-300)
-    gaps = [
-        float((x[c.name] - y[c.name]).double().norm()) / max(float(y[c.name].double().norm()), floor)
-        for c in space.coordinates
-        if not torch.equal(x[c.name], y[c.name])
+    gaps = {name: _distance(x[name], y[name]) for name in space.names if not torch.equal(x[name], y[name])}
+    found = [
+        gap / max(float(y[name].double().norm()), floor)
+        for name, gap in gaps.items()
+        if rounding is None or not gap <= _BEYOND * rounding[name]
     ]
-    return max(gaps, default=0.0) if all(map(math.isfinite, gaps)) else math.inf
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
+
+
+def rounding_by_parameter(
+    space: Space, add_product: Callable[[Vectors, Vectors], None], v: Vectors, y: Vectors
+) -> dict[str, float]:
+    """The most that y, the product with v, differs from those with multiples of v: what rounding alone does."""
+    found = dict.fromkeys(space.names, 0.0)
+    for factor in MULTIPLES:
+        multiple = space.zeros()
+        add_product(vectors.scale(v, factor), multiple)
+        vectors.scale_(multiple, 1 / factor)
+        found = {name: max(found[name], _distance(multiple[name], y[name])) for name in found}
+    return found
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    return float((x - y).double().norm())
 
 
 def close(space: Space) -> float:

@@ -9,7 +9,7 @@ from copy import copy
 from torch import Tensor
 
 from hesscope.engines.base import Engine, Linearization
-from hesscope.engines.checking import close, largest_disagreement, short_slice
+from hesscope.engines.checking import MULTIPLES, close, largest_disagreement, rounding_by_parameter, short_slice
 from hesscope.engines.output_tails import Middle
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.engines.streamed import StreamedBatch, StreamedHessian, StreamedOutputs
@@ -58,14 +58,17 @@ class Streamed(Engine):
         v, ours, theirs = space.rademacher(0, ["engine/0"]), space.zeros(), space.zeros()
         self._look(small, space, plan).add_product(v, ours)
         reference.linearize(small, 0, space).add_product(v, theirs, last=True)
-        gap = largest_disagreement(space, ours, theirs)
-        if gap > close(space):
-            raise HesscopeError(
-                f"Expected the streamed product to equal {reference.name}'s, but on a short sequence it differs by {gap:.1e}: "
-                "the model carries values around its blocks; use another engine."
-            )
-        self.note = f"{self.name}, as asked: agrees with {reference.name} to {gap:.1e} on a short sequence"
-        return small.counts[0] / problem.N * (self.units(1, 1, 1) + reference.units(1, 0, 1))
+        gap, units, note = largest_disagreement(space, ours, theirs), self.units(1, 1, 1) + reference.units(1, 0, 1), ""
+        if gap > close(space):  # the rounding of a few coordinates in half precision may be as large
+            rounding = rounding_by_parameter(space, reference.linearize(small, 0, space).add_product, v, theirs)
+            if largest_disagreement(space, ours, theirs, rounding) > close(space):
+                raise HesscopeError(
+                    f"Expected the streamed product to equal {reference.name}'s, but on a short sequence it differs by {gap:.1e}: "
+                    "the model carries values around its blocks; use another engine."
+                )
+            units, note = units + reference.units(1, 0, len(MULTIPLES)), ", which is rounding"
+        self.note = f"{self.name}, as asked: agrees with {reference.name} to {gap:.1e} on a short sequence{note}"
+        return small.counts[0] / problem.N * units
 
     def _reference(self) -> Engine:
         return ReverseOverReverse()
