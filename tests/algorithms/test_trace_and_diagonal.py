@@ -72,6 +72,18 @@ def test_float32_operators(estimate: Any) -> None:
     torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECTRA)
+def test_estimates_of_prescribed_spectra_have_no_bias(name: str) -> None:
+    """A thousand probes: within four standard errors, entry by entry."""
+    A = symmetric(SPECTRA[name])
+    slack = 1e-12 * float(A.norm())
+    trace = hs.trace(hs.operator(A), method="hutchinson", budget=1000)
+    assert abs(trace.estimate - float(A.trace())) <= 4 * trace.standard_error + slack
+    diagonal = hs.diagonal(hs.operator(A), method="hutchinson", budget=1000)
+    assert bool(((diagonal.flat() - A.diagonal()).abs() <= 4 * diagonal.standard_error["x"] + slack).all())
+
+
 # ---- what is spent
 
 
