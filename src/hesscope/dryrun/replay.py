@@ -3,7 +3,7 @@
 Reads 64-bit whole numbers: a positive one allocates so many bytes, -k frees the k-th allocation (from 1), 0 ends a section; what
 comes after the last 0 is left out. Nothing is written to the memory, so that none is taken. With every tensor come the small
 things that describe it, which end up in the gaps between large blocks and keep these from being joined. Prints the most that the
-allocator held at any time, heap and mappings; then the bytes that it got from the system in every section, and in the last ones
+allocator held at any time before it repeats anything, heap and mappings; then the bytes that it got from the system in every section, and in the last ones
 when they come for the third time, where that is asked for.
 """
 
@@ -71,7 +71,7 @@ def main(threshold: int, again: int, small: list[int]) -> None:
     memory.pass_through(threshold)
     before = held = memory.held
     most, got, numbers = 0, [], {0: 0}
-    for start, end in sections:
+    for time, (start, end) in enumerate(sections):
         number, fresh = numbers[start], 0
         for event in events[start:end]:
             if event < 0:
@@ -82,7 +82,7 @@ def main(threshold: int, again: int, small: list[int]) -> None:
             memory.allocate(number, event)
             last, held = held, memory.held
             fresh += max(0, held - last)
-            most = max(most, held - before)
+            most = max(most, held - before) if time < len(ends) else most
         numbers[end + 1] = number
         got.append(fresh)
     print(most, *got[: len(ends)], *got[len(got) - again :])
