@@ -343,6 +343,41 @@ def kept(folder: Path) -> dict[str, Any]:
     return {"layout": found.provenance["processes"], "files": (folder / "groups.partial").exists()}
 
 
+def counted(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Reductions and bytes of one product of three vectors, beside the vectors' own bytes."""
+    problem = hs.data_parallel(_problem())
+    space = hs.select(problem, "transformer.h.1.mlp.*")
+    V = space.gaussian(0, [0, 1, 2])
+    found = {}
+    for kind, A in {
+        "hessian": hs.hessian(problem, space),
+        "streamed": hs.hessian(problem, space, "streamed"),
+        "nothing kept": hs.hessian(problem, space, graph_memory=0),
+        "ggn": hs.ggn(problem, space),
+    }.items():
+        A.matmat(V)  # with the checks before the first
+        ranks: Any = problem.comm
+        reductions, moved = ranks.reductions, ranks.reduced_bytes
+        A.matmat(V)
+        own = sum(part.nbytes for part in V.values())
+        found[kind] = ranks.reductions - reductions, ranks.reduced_bytes - moved, own
+    return found
+
+
+def in_bfloat16(share: Callable[[hs.Problem], hs.Problem]) -> dict[str, Tensor]:
+    """Products of a model with bfloat16 weights, whose sums over batches are float32."""
+    problem = share(hs.causal_lm(tiny("llama").bfloat16(), ragged_batches()))
+    space = hs.select(problem)
+    V = space.flatten(space.gaussian(0, [0, 1]))
+    operators = {"hessian": hs.hessian(problem, space, "streamed"), "ggn": hs.ggn(problem, space, engine="streamed")}
+    return {kind: A @ V for kind, A in operators.items()}
+
+
+def halves(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The same, data parallel and fully sharded."""
+    return {"data": in_bfloat16(hs.data_parallel), "fsdp": in_bfloat16(fully_sharded)}
+
+
 def wrapped(folder: Path) -> dict[str, Tensor]:
     """A model in DistributedDataParallel."""
     problem = hs.data_parallel(_problem(nn.parallel.DistributedDataParallel(tiny("gpt2"))))

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from launching import run_ranks
-from programs import DENSITY, TIMEOUT, _run, commands, interrupted
+from programs import DENSITY, TIMEOUT, _run, commands, in_bfloat16, interrupted
 from shared_cases import ARCHITECTURES, QUICK, cases, grouped_cases
 
 import hesscope as hs
+from hesscope.parallel.ranks import _digest
+from oracles import relative
 
 Found = dict[str, dict[str, torch.Tensor]]
 PROGRAMS = (
@@ -24,6 +26,8 @@ PROGRAMS = (
     "wrapped",
     "refusals",
     "failures",
+    "counted",
+    "halves",
     "commands",
     "interrupted",
     "vanished",
@@ -88,6 +92,31 @@ def test_groups_of_ranks_divide_the_vectors(two: list[dict[str, Any]]) -> None:
 def test_groups_of_parameters_keep_one_state_for_all_ranks(two: list[dict[str, Any]]) -> None:
     layout = {"layout": "data parallel", "ranks": 2, "backend": "gloo"}
     assert [rank["kept"] for rank in two] == [{"layout": layout, "files": False}] * 2
+
+
+def test_a_product_takes_one_reduction_of_all_its_vectors(two: list[dict[str, Any]]) -> None:
+    """Beside the vectors: whether a rank has failed, their digest in two words, the cost, and an error for each rank."""
+    for rank in two:
+        for reductions, moved, own in rank["counted"].values():
+            assert (reductions, moved) == (1, own + 8 * (4 + 2))
+
+
+@pytest.mark.parametrize("layout", ["data", "fsdp"])
+def test_weights_in_bfloat16_are_summed_in_float32(two: list[dict[str, Any]], layout: str) -> None:
+    for kind, expected in in_bfloat16(lambda problem: problem).items():
+        for rank in two:
+            found = rank["halves"][layout][kind]
+            assert found.dtype == torch.float32
+            assert relative(found, expected) < 1e-6
+
+
+def test_digests_add_up_exactly_over_a_thousand_ranks() -> None:
+    words = _digest({"x": torch.arange(9.0)}, 65520 * 7)
+    assert max(words) > 2**24 / 1000 or len(words) > 1
+    for word in words:
+        total = torch.zeros((), dtype=torch.float32)
+        for rank in range(1, 1001):
+            assert float(total := total + word) == rank * word
 
 
 def test_a_model_in_distributed_data_parallel_is_taken_out_of_it(two: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -50,4 +49,4 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     assert time.monotonic() - began < BROKEN
     assert "hesscope: rank 0: Rank 1 stopped without a word: killed" in said
     assert not (tmp_path / "out").exists()
-    assert os.path.exists(tmp_path / "out.partial" / "state.safetensors")
+    assert (tmp_path / "out.partial" / "state.safetensors").exists()

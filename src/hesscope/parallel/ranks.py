@@ -114,25 +114,25 @@ class Ranks(Communicator):
     @contextmanager
     def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Iterator[Own]:
         own, tensors = Own(), [tensor for part in parts for tensor in part.values()]
-        mark = 0 if of is None else _digest(of, self._sequence)
+        mark = (0, 0) if of is None else _digest(of, self._sequence)
         try:
             yield own
         except RankLost:
             raise
         except Exception as error:
             self._serve()
-            self._sum([torch.zeros_like(x) for x in tensors], [1.0, mark, 0.0, 0.0])
+            self._sum([torch.zeros_like(x) for x in tensors], [1.0, *mark, 0.0, 0.0])
             raise self._told(error) from error
         self._serve()
-        sums = self._sum(tensors, [0.0, mark, own.amount, own.error])
+        sums = self._sum(tensors, [0.0, *mark, own.amount, own.error])
         if sums is None:
             raise self._told(None)
-        if sums[0] != self.ranks * mark:
+        if sums[:2] != [self.ranks * word for word in mark]:
             raise HesscopeError(
                 f"Expected the same vector on every rank, but rank {self.rank} has another: the ranks' devices or libraries "
                 "round differently, or a seed is not given; use machines of one kind, and give seeds."
             )
-        own.amount, own.error = sums[1], sums[2]
+        own.amount, own.error = sums[2:]
 
     def on(self, rank: int, find: Callable[[], T]) -> T:
         found, failure = None, None
@@ -201,10 +201,10 @@ class Ranks(Communicator):
 
     def _sum(self, tensors: list[Tensor], control: list[float]) -> list[float] | None:
         """Sum in place; returns the digests' and amounts' sums and the largest error, or None where a rank has failed."""
-        failed, mark, amount, error = control
+        *rest, error = control
         slots = [0.0] * self.ranks
         slots[self.rank] = error
-        words = torch.tensor([failed, mark, amount, *slots], dtype=torch.float64)
+        words = torch.tensor([*rest, *slots], dtype=torch.float64)
         packed = _packed(tensors, words, self._device)
         if packed is not None:
             self._reduce(packed)
@@ -218,7 +218,7 @@ class Ranks(Communicator):
         if packed is None:
             for tensor in tensors:
                 self._reduce_large(tensor)
-        return [float(words[1]), float(words[2]), float(words[3:].max())]
+        return [*words[1:4].tolist(), float(words[4:].max())]
 
     def _reduce_large(self, tensor: Tensor) -> None:
         """One that is not packed with others: in place, a piece at a time where it has to be moved or converted."""
@@ -346,8 +346,8 @@ def _unpack(packed: Tensor, tensors: list[Tensor], words: int) -> Tensor:
     return packed[:words]
 
 
-def _digest(V: dict[str, Tensor], salt: int) -> float:
-    """Sixteen bits of the vectors' bytes: exact in a float32 sum over up to 256 ranks."""
+def _digest(V: dict[str, Tensor], salt: int) -> tuple[int, int]:
+    """Sixteen bits of the vectors' bytes, in halves: exact in a float32 sum over up to 65536 ranks."""
     found = salt % 65521
     for part in V.values():
         bits = (
@@ -357,7 +357,7 @@ def _digest(V: dict[str, Tensor], salt: int) -> float:
             .view({8: torch.int64, 4: torch.int32, 2: torch.int16}[part.dtype.itemsize])
         )
         found = (31 * found + int(bits.sum(dtype=torch.int64))) % 65521
-    return float(found)
+    return divmod(found, 256)
 
 
 def _until_completed(work: Any, seconds: float) -> None:
