@@ -73,8 +73,8 @@ class Communicator(ABC):
     def any(self, *flags: bool) -> list[bool]:
         """Whether each of the flags is up on some rank."""
 
-    def join(self, exchange: Exchange) -> None:
-        """Weights are divided among these ranks: whoever waits for the others serves them first."""
+    def join(self, exchange: Exchange | None) -> None:
+        """Weights are divided among these ranks: whoever waits for the others serves them first. None where they are whole."""
         raise HesscopeError("Expected hs.data_parallel(problem) for a model whose weights are divided among processes.")
 
     @abstractmethod

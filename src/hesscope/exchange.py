@@ -108,6 +108,7 @@ class Exchange:
     Attributes:
         wait: how to wait for a collective.
         replicas: where the rows are held several times, the group of those that hold the same; else None.
+        layout: what divides the weights, for the record of a result.
         failed: what to raise, in place of an exception, where the others are left in the middle of a round.
         moved_bytes: what this process has received in gathers and sent in sums so far, at the least that either takes.
         rounds: how many rounds there were.
@@ -120,9 +121,18 @@ class Exchange:
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self._tables: dict[int, Table] = {}
         self._made = 0
+        self.layout: dict[str, Any] = {"layout": "fully sharded"}
         self.wait: Callable[[Any], object] = lambda work: work.wait()
         self.failed: Callable[[Exception], BaseException] = lambda error: error
         self.moved_bytes, self.rounds = 0, 0
+
+    def describe(self) -> dict[str, Any]:
+        """How the weights are divided, for the record of a result, as JSON."""
+        found = {**self.layout, "shards": self.size}
+        if self.replicas is None:
+            return found
+        hybrid = {"layout": "hybrid sharded"} if found["layout"] == "fully sharded" else {}
+        return found | hybrid | {"replicas": dist.get_world_size(self.replicas)}
 
     def register(self, table: Table) -> int:
         """A number for a table, until it is released."""

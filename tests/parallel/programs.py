@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shared_cases import ARCHITECTURES, DIVIDED, QUICK, cases, few_cases, grouped_cases, tensor_cases
+from shared_cases import ARCHITECTURES, DIVIDED, QUICK, cases, few_cases, grouped_cases, tensor_cases, whole_cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -46,6 +46,7 @@ DEMO = [
     "--params",
     "model.layers.3.mlp.*",
 ]
+STREAMED = ["--engine", "streamed", "--basis"]
 #: Also run by the test itself, in one process.
 DENSITY = ["density", *DEMO, "--probes", "2", "--steps", "6", "--checkpoint-every", "0"]
 
@@ -155,8 +156,12 @@ def _most_at_once() -> Iterator[list[int]]:
 
 
 def all_sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """All cases."""
-    return dict(cases(fully_sharded, DIVIDED))
+    """All cases, and those over all weights."""
+    return all_divided(fully_sharded)
+
+
+def all_divided(share: Callable[[hs.Problem], hs.Problem]) -> dict[str, dict[str, Tensor]]:
+    return dict(cases(share, DIVIDED)) | dict(whole_cases(share))
 
 
 def twice(model: nn.Module) -> nn.Module:
@@ -172,6 +177,18 @@ def hybrid(folder: Path) -> dict[str, dict[str, Tensor]]:
 def hybrid_groups(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The same, the replicas dividing the vectors of a product."""
     return dict(few_cases(lambda problem: _divided(problem, twice, probe_groups=2)))
+
+
+def layouts(folder: Path) -> dict[str, Any]:
+    """What the record of a result says of four ranks."""
+    ways = {
+        "fsdp": hs.fully_shard_model,
+        "hsdp": twice,
+        "plan": in_parallel,
+        "twice": planned_twice,
+        "two axes": along_two_axes,
+    }
+    return {name: _divided(_problem(tiny("qwen2")), divide).comm.describe() for name, divide in ways.items()}
 
 
 def in_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
@@ -198,6 +215,11 @@ def along_two_axes(model: nn.Module) -> nn.Module:
     return hs.fully_shard_model(in_parallel(model, mesh["tensor"]), mesh["data"])
 
 
+def planned_twice(model: nn.Module) -> nn.Module:
+    """The plan among two ranks, and among two others."""
+    return in_parallel(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"])
+
+
 def tensor_parallel(problem: hs.Problem) -> hs.Problem:
     """The problem of the model under such a plan."""
     return _divided(problem, in_parallel)
@@ -211,6 +233,12 @@ def tensor(folder: Path) -> dict[str, Any]:
 def two_axes(folder: Path) -> dict[str, Any]:
     """The same of one whose weights are divided along two axes."""
     return _numbers_and_facts(along_two_axes)
+
+
+def plan_and_replicas(folder: Path) -> dict[str, Any]:
+    """The same of one under a plan among two ranks, and that twice, the replicas dividing batches, or the vectors of a product."""
+    in_groups = dict(tensor_cases(lambda problem: _divided(problem, planned_twice, probe_groups=2), "qwen2"))
+    return _numbers_and_facts(planned_twice) | {"in groups": in_groups}
 
 
 def _numbers_and_facts(divide: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
@@ -411,20 +439,25 @@ def commands(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def sharded_commands(folder: Path) -> dict[str, tuple[int, str]]:
-    """A folder that is compared with one process's, and a run that goes on where one process has stopped."""
+    """A folder that is compared with one process's, and a run that one process has begun."""
     verbs = {
         "sharded-eigs": ["eigs", *DEMO, "-k", "2", "--tol", "0.01", "--engine", "streamed"],
-        "sharded-from-one": [*DENSITY, "--engine", "streamed", "--basis"],
+        "sharded-from-one": [*DENSITY, *STREAMED],
     }
     more = ["--layout", "fsdp"] if "RANK" in os.environ else []
     return {name: _run([*verb, *more, "--output-dir", str(folder / name)]) for name, verb in verbs.items()}
 
 
-def interrupted(folder: Path) -> tuple[int, str]:
+def interrupted(folder: Path, name: str = "to-one", *more: str) -> tuple[int, str]:
     """The last rank is interrupted in its seventh step: all stop there, and one process continues in the test."""
     last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
     with _at_step(7, lambda: signal.raise_signal(signal.SIGINT) if last else None):
-        return _run([*DENSITY, "--output-dir", str(folder / "to-one")])
+        return _run([*DENSITY, *more, "--output-dir", str(folder / name)])
+
+
+def sharded_interrupted(folder: Path) -> tuple[int, str]:
+    """The same with weights that are divided."""
+    return interrupted(folder, "sharded-to-one", *STREAMED, "--layout", "fsdp")
 
 
 def vanished(folder: Path) -> tuple[int, str]:

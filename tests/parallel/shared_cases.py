@@ -58,6 +58,18 @@ def _products(where: str, problem: hs.Problem, engines: tuple[str, ...], linear:
         yield f"{where}: kfac, corrected {corrected}", {"Kv": K @ v, "units": torch.tensor(K.units)}
 
 
+def whole_cases(share: Share) -> Iterator[Case]:
+    """Operators over all weights, whose vectors are divided as the weights are, of every architecture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hs.HesscopeWarning)
+        for name in ARCHITECTURES:
+            problem = share(hs.causal_lm(tiny(name), ragged_batches()))
+            space = hs.select(problem)
+            V = space.flatten(space.gaussian(0, [0, 1]))
+            for kind, A in {"hessian": hs.hessian(problem, space), "ggn": hs.ggn(problem, space)}.items():
+                yield f"{name}, all weights: {kind}", {"AV": A @ V}
+
+
 def _operators(problem: hs.Problem, space: hs.Space, engines: tuple[str, ...]) -> dict[str, hs.Operator]:
     found = {f"hessian, {engine}": hs.hessian(problem, space, engine) for engine in engines}
     found |= {

@@ -138,7 +138,7 @@ def test_commands_write_the_folders_of_one_process(two: list[dict[str, Any]], fo
             assert_same_result(folder / path.parent, tmp_path / path.parent)
 
 
-def assert_same_result(found: Path, expected: Path, layout: str = "data parallel") -> None:
+def assert_same_result(found: Path, expected: Path, layout: str = "data parallel", **sizes: int) -> None:
     one, other = hs.load(found), hs.load(expected)
     for name, tensor in other.tensors().items():
         torch.testing.assert_close(
@@ -146,7 +146,7 @@ def assert_same_result(found: Path, expected: Path, layout: str = "data parallel
         )
     assert one.products == other.products
     provenance = json.loads((found / "manifest.json").read_text())["provenance"]
-    assert provenance["processes"] == {"layout": layout, "ranks": 2, "backend": "gloo"}
+    assert provenance["processes"] == {"layout": layout, "ranks": 2, "backend": "gloo", **sizes}
     assert provenance["problem"]["fingerprint"] == other.provenance["problem"]["fingerprint"]
     assert "processes" not in other.provenance
     errors = [p["product_error"] for p in (provenance, other.provenance)]

@@ -18,10 +18,12 @@ from hesscope.exchange import Boxes, box_of, divided_along
 class Arrangement:
     """The processes that hold all weights between them, their replicas, and the weights that are divided in boxes.
 
-    Without boxes every weight is divided along one axis as `ByRows` has it, or whole.
+    Without boxes every weight is divided along one axis as `ByRows` has it, or whole. `axes` are the numbers of processes along
+    the axes of the mesh that divide the weights.
     """
 
     group: dist.ProcessGroup
+    axes: tuple[int, ...]
     replicas: dist.ProcessGroup | None = None
     boxes: Mapping[str, Boxes] = field(default_factory=dict)
 
@@ -46,7 +48,7 @@ def arrangement_of(sharded: Mapping[str, nn.Parameter]) -> Arrangement:
         return _in_boxes(sharded, divided)
     ((mesh, at),) = ways
     others = [i for i in range(mesh.ndim) if i != at]
-    return Arrangement(mesh.get_group(at), mesh.get_group(others[0]) if others else None)
+    return Arrangement(mesh.get_group(at), (mesh.size(at),), mesh.get_group(others[0]) if others else None)
 
 
 def _in_boxes(sharded: Mapping[str, nn.Parameter], divided: Mapping[str, list[int]]) -> Arrangement:
@@ -58,13 +60,13 @@ def _in_boxes(sharded: Mapping[str, nn.Parameter], divided: Mapping[str, list[in
             "Expected one device mesh whose processes hold all weights between them, got several that do not contain one another; "
             "divide all weights along dimensions of one mesh."
         )
-    group = _group(ranks, dist.group.WORLD)
+    group = group_of(ranks, dist.group.WORLD)
+    most = max(divided, key=lambda name: len(divided[name]))
     own = {name: box_of(p) for name, p in sharded.items() if divided[name]}
     found: list[Any] = [None] * len(ranks)
     dist.all_gather_object(found, own, group=group)
-    return Arrangement(
-        group, None, {name: Boxes(tuple(sharded[name].shape), tuple(boxes[name] for boxes in found)) for name in own}
-    )
+    boxes = {name: Boxes(tuple(sharded[name].shape), tuple(of_rank[name] for of_rank in found)) for name in own}
+    return Arrangement(group, tuple(_mesh(sharded[most]).size(at) for at in divided[most]), boxes=boxes)
 
 
 def _mesh(p: nn.Parameter) -> Any:
@@ -77,7 +79,7 @@ def _ranks(mesh: Any) -> list[int]:
 
 
 @cache
-def _group(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
+def group_of(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of these processes, made once for as long as the process groups live."""
     if len(ranks) == dist.get_world_size(world):
         return world

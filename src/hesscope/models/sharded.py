@@ -44,6 +44,7 @@ class Sharded:
         axes = {name: axis for name, axis in self._axes.items() if axis is not None}
         self._index = {name: i for i, name in enumerate(axes)}
         self.exchange = Exchange(arranged.group, arranged.replicas)
+        self.exchange.layout = _layout(is_fully_sharded(model), arranged.axes)
         parts = [local_rows(sharded[name]).movedim(axis, 0) for name, axis in axes.items()]
         forms = [arranged.boxes.get(name) or ByRows(sharded[name].shape[axis]) for name, axis in axes.items()]
         self._table = self.exchange.register(Table(parts, forms))
@@ -183,6 +184,13 @@ def without_weights(forward: Callable[..., Any]) -> Callable[..., Any]:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on some module of a model."""
     return any(map(_is_fsdp, model.modules()))
+
+
+def _layout(fully: bool, axes: Sequence[int]) -> dict[str, Any]:
+    """How weights are divided, for the record of a result."""
+    if fully and len(axes) > 1:
+        return {"layout": "fully sharded and tensor parallel", "axes": list(axes)}
+    return {"layout": "fully sharded" if fully else "tensor parallel"}
 
 
 def _reshard(model: nn.Module) -> None:

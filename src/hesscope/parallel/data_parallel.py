@@ -73,8 +73,8 @@ def divided(problem: Problem, comm: Communicator, options: Mapping[str, str] | N
     Raises HesscopeError, on every rank, where they have not.
     """
     with comm.connected():
-        if store := sharded(problem.model):
-            comm.join(store.exchange)
+        store = sharded(problem.model)
+        comm.join(None if store is None else store.exchange)
     own = {
         "weights": problem.describe()["weights_fingerprint"],
         "data": problem.data_fingerprint,

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map
 from hesscope.communicator import Communicator, Own
 from hesscope.errors import HesscopeError, RankLost
 from hesscope.exchange import Exchange
+from hesscope.models.meshes import group_of
+from hesscope.parallel.replicas import replicas
 from hesscope.parallel.shares import divide
 from hesscope.parallel.watch import Watch
 
@@ -65,23 +67,16 @@ class Ranks(Communicator):
         """Let go of the heartbeat."""
         self._watch.close()
 
-    def join(self, exchange: Exchange) -> None:
-        """Raises HesscopeError for ranks that are not those of the weights, or groups of them that are not their replicas."""
-        of = dist.get_process_group_ranks(exchange.group)
+    def join(self, exchange: Exchange | None) -> None:
+        of = None if exchange is None else dist.get_process_group_ranks(exchange.group)
         ours = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-        copies = 1 if exchange.replicas is None else dist.get_world_size(exchange.replicas)
-        if not set(of) <= set(ours) or len(of) * copies != len(ours):
-            raise HesscopeError(
-                f"Expected the weights to be divided among all {len(ours)} ranks of the group, they are among {len(of)}"
-                f"{f', {copies} times over' if copies > 1 else ''}; give hs.data_parallel the group of the device mesh."
-            )
-        size = self.ranks // self.probe_groups
-        if self.probe_groups > 1 and of != ours[self.rank // size * size :][:size]:
-            raise HesscopeError(
-                f"Expected probe_groups to be the replicas of the divided weights, got {self.probe_groups} groups and "
-                f"{copies} replica{'s' * (copies > 1)}: divide the weights on a mesh of {self.probe_groups} x {size} (replicas, "
-                "shards; --layout hsdp), or leave the groups out."
-            )
+        alike = replicas(self.gathered(of), ours, self.rank, self.probe_groups)
+        if exchange is None:
+            return
+        if len(alike) == 1:
+            exchange.replicas = None
+        elif exchange.replicas is None or sorted(dist.get_process_group_ranks(exchange.replicas)) != alike:
+            exchange.replicas = group_of(tuple(alike), dist.group.WORLD)
         self._exchange = exchange
         exchange.wait, exchange.failed = self._wait, self._out_of_step
 
@@ -193,9 +188,10 @@ class Ranks(Communicator):
             raise
 
     def describe(self) -> dict[str, Any] | None:
-        groups = {} if self.probe_groups == 1 else {"probe_groups": self.probe_groups}
-        layout = "data parallel" if self._exchange is None else "fully sharded"
-        return {"layout": layout, "ranks": self.ranks, "backend": self.backend} | groups
+        found: dict[str, Any] = {"layout": "data parallel", "ranks": self.ranks, "backend": self.backend}
+        if self._exchange is not None:
+            found |= self._exchange.describe()
+        return found | ({} if self.probe_groups == 1 else {"probe_groups": self.probe_groups})
 
     # ---- sums
 
