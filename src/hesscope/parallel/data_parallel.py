@@ -31,13 +31,14 @@ def data_parallel(
 
     Shares may be uneven, and empty where there are fewer batches than ranks. Every rank gets every result; all have to make
     the same calls in the same order, with the same arguments. Seeds give the same numbers on any number of ranks, up to
-    rounding. Of a model that `fully_shard` (FSDP2, hybrid sharding), a tensor-parallel plan, or both have divided, a rank
-    holds its part of the weights, and its rows of vectors over whole weights and of Krylov bases; the streamed engine gathers a
+    rounding. Of a model that `fully_shard` (FSDP2, hybrid sharding), a tensor-parallel plan, with replicas or not, or both have
+    divided, a rank holds its part of the weights, and its rows of vectors over whole weights and of Krylov bases; the streamed engine gathers a
     block at a time. A model wrapped in DistributedDataParallel is taken out of its wrapper by `causal_lm` and its like.
 
     Args:
         group: a process group; the default one for None (`torch.distributed.init_process_group`).
-        timeout: seconds of silence after which a rank counts as lost. Waiting for a rank that is at work has no limit.
+        timeout: seconds of silence after which a rank counts as lost; ten times that before it has come. Waiting for a rank that
+            is at work has no limit but the process group's own.
         probe_groups: divide the ranks into so many groups of one size; where a product has as many vectors or more (probes of a
             trace, a diagonal or a density, columns), each group takes a part of the vectors, and its ranks divide the batches.
             For more ranks than batches.

@@ -13,10 +13,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from hesscope.errors import HesscopeError, RankLost
 from hesscope.parallel.ranks import Ranks
-from hesscope.parallel.watch import PATIENCE
-
-#: What a collective may take in all. It is the watch that ends waiting for ranks that are gone; slow ones are waited for.
-LONGEST = timedelta(days=1)
+from hesscope.parallel.watch import LONGEST, PATIENCE
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError
 from hesscope.models import find_trunk, is_fully_sharded, is_sharded
 from hesscope.models.empty import Slot, is_empty, slots
 from hesscope.parallel.ranks import TIMEOUT, Ranks
+from hesscope.parallel.watch import LONGEST
 
 
 def fully_shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
@@ -131,4 +133,7 @@ def mesh_of(layout: str, device: str, ranks_per_node: int, probe_groups: int = 1
             f"Expected several nodes, or --probe-groups, of several ranks each with --layout hsdp, got {ranks} ranks, {shards} in "
             "each; use --layout fsdp."
         )
-    return init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=("replicas", "shards"))
+    mesh = init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=("replicas", "shards"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(LONGEST, group)
+    return mesh

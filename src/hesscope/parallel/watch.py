@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from torch.distributed.distributed_c10d import Store
 
@@ -19,6 +20,8 @@ from hesscope.parallel.patient import Patient
 
 #: A rank that has not come is lost after so many times the seconds of silence: it may be loading.
 PATIENCE = 10
+#: What a collective may take in all: it is the watch that ends waiting for ranks that are gone, and slow ones are waited for.
+LONGEST = timedelta(days=1)
 _BEAT = 1.0
 _LOST, _RAISED = "lost", "raised"
 
@@ -33,8 +36,12 @@ class Watch:
         self._seen: dict[int, tuple[int, float]] = {}
         self._said = False
         self._stop = threading.Event()
-        store.set(f"beat/{rank}", "0")
-        self._thread = threading.Thread(target=self._beat, args=(_own(store),), daemon=True, name="hesscope-heartbeat")
+        try:
+            store.set(f"beat/{rank}", "0")
+            own = _own(store)
+        except RuntimeError as error:
+            raise RankLost(_NO_ANSWER) from error
+        self._thread = threading.Thread(target=self._beat, args=(own,), daemon=True, name="hesscope-heartbeat")
         self._thread.start()
 
     def close(self) -> None:
