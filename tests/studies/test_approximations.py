@@ -73,6 +73,7 @@ def test_parts_of_the_block_itself() -> None:
         assert of_part["kept"] == pytest.approx(1 - relative(part, A) ** 2)
         assert (of_part["scales"], of_part["diagonal_errors"]) == (pytest.approx(1.0), 0.0)
         assert of_part["numbers"] == n * size
+        assert (of_part["forward_passes"], of_part["own_seconds"]) == (block.units, block.seconds)
     shares = hs.structure(block).shares
     assert [found.row(name)["kept"] for name in sizes] == pytest.approx(shares.cumsum(0)[:4].tolist())
 

@@ -34,7 +34,7 @@ class Approximations(Result):
     Of each of the M in `names`, [M] float64: `kept`, the share of A's energy on the entries that are not zero in it;
     `errors`, |M - A| / |A| in the Frobenius norm; `scales`, the multiple c that brings c M closest to A, and `scaled_errors`
     with it; `cosines`, <M, A> / (|M| |A|); `diagonal_errors`, |diag M - diag A| / |diag A|; `forward_passes` and `own_seconds`
-    that it took, NaN for parts of A itself. `numbers` are those that stand for it in memory.
+    that it took, those of A for parts of A, which are cut from it. `numbers` are those that stand for it in memory.
 
     `groups` number the coordinates for the approximations that are A inside each group and zero elsewhere; `matrices` are the
     others. `skipped` says of what could not be made why.
@@ -85,9 +85,9 @@ class Approximations(Result):
                  _bytes(n * n * size)]]  # fmt: skip
         for title, name in zip(self.titles, self.names, strict=True):
             of = self.row(name)
-            spent = ["", ""] if name in self.groups else [f"{of['forward_passes']:.0f}", f"{of['own_seconds']:.2f}"]
             rows.append([title, percent(of["kept"]), percent(of["errors"]), f"{of['scales']:.3g}", percent(of["scaled_errors"]),
-                         f"{of['cosines']:.3f}", percent(of["diagonal_errors"]), *spent, _bytes(int(of["numbers"]) * size)])  # fmt: skip
+                         f"{of['cosines']:.3f}", percent(of["diagonal_errors"]), f"{of['forward_passes']:.0f}", f"{of['own_seconds']:.2f}",
+                         _bytes(int(of["numbers"]) * size)])  # fmt: skip
         return [head, *rows]
 
     def summary(self) -> str:

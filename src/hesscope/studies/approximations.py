@@ -164,7 +164,11 @@ class _Table:
             self.skipped[name] = "the whole selection is one of them"
             return
         self.groups[name] = group
-        spent = {"numbers": float(sizes.square().sum()), "forward_passes": math.nan, "own_seconds": math.nan}
+        spent = {
+            "numbers": float(sizes.square().sum()),
+            "forward_passes": self.exact.units,
+            "own_seconds": self.exact.seconds,
+        }
         self.rows[name] = compare(self.exact.matrix, inside(self.exact.matrix, group)) | spent
 
     def add_operator(self, name: str, M: Operator) -> None:
