@@ -146,6 +146,8 @@ def main() -> None:
             operator, engine, graphs = arguments.side.split(", ")
             print(json.dumps(measure(problem, operator, engine, graphs == "kept")))
         return
+    if arguments.stories and not (Path(arguments.stories) / "config.json").exists():
+        parser.error(f"expected a folder with config.json and weights for --stories, got {arguments.stories!r}")
     stories = ["--stories", arguments.stories] if arguments.stories else []
     cases = SMALL if arguments.small else tuple(c for c in CASES if stories or not c.startswith("stories"))
     found: dict[str, dict[str, Any]] = {}

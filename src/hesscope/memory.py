@@ -105,6 +105,11 @@ def _free_on_gpu(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + max(0, idle)
 
 
+def is_limited() -> bool:
+    """Whether a limit was set for the process."""
+    return _LIMIT.get() not in (None, UNLIMITED)
+
+
 def is_unlimited() -> bool:
     """Whether nothing is to be refused."""
     return _LIMIT.get() == UNLIMITED

@@ -25,13 +25,19 @@ import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.algorithms.krylov import Krylov
 from hesscope.cli.main import run
+from hesscope.engines import make_engine
+from hesscope.engines.dry import DryRuns
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import RankLost
 from hesscope.models import is_sharded
+from hesscope.operators import room
 from hesscope.parallel.ranks import Ranks
 from hesscope.space import vectors
+from oracles import relative
 
 TIMEOUT = 4.0
+#: The engines that "auto" begins with, and takes where memory is short.
+ENDS = ("reverse-over-reverse", "streamed")
 DEMO = [
     "--model",
     "demo",
@@ -390,6 +396,37 @@ def counted(folder: Path) -> dict[str, tuple[int, int, int]]:
         own = sum(part.nbytes for part in V.values())
         found[kind] = ranks.reductions - reductions, ranks.reduced_bytes - moved, own
     return found
+
+
+def rooms(folder: Path) -> dict[str, Any]:
+    """Ranks of one machine, of which the last sees little memory: what all take, and what all refuse."""
+    tokens = torch.randint(0, 37, (64, 16), generator=torch.Generator().manual_seed(0))
+    problem = hs.data_parallel(
+        _problem(tiny("gpt2", n_layer=6), [{"input_ids": x, "labels": x} for x in tokens.split(32)])
+    )
+    space = hs.select(problem)
+    runs = DryRuns(problem, space)
+    graph, streamed = (runs.product(lambda name=name: make_engine(name)).resident for name in ENDS)
+    v = torch.ones(space.size, dtype=torch.float64)
+    plain, found = hs.hessian(problem, space, ENDS[0]) @ v, {}
+    for what, free in {"plenty": 2 * graph, "little": graph + streamed, "none": 2 * (streamed // 2)}.items():
+        seen = free if dist.get_rank() == dist.get_world_size() - 1 else 2**40
+        with _seeing(seen):
+            H = hs.hessian(problem, space)
+            gaps: list[float] = []
+            said = _complaint(lambda H=H, gaps=gaps: gaps.append(relative(H @ v, plain)))
+        found[what] = (H.engine.chosen, H.engine.note, gaps[0]) if gaps else said
+    return found
+
+
+@contextmanager
+def _seeing(free: int) -> Iterator[None]:
+    """As if so many bytes were free, of which an ordinary product may take a good part."""
+    real, room.available_bytes, share, room._PLENTY = room.available_bytes, lambda _: free, room._PLENTY, 0.0
+    try:
+        yield
+    finally:
+        room.available_bytes, room._PLENTY = real, share
 
 
 def in_bfloat16(share: Callable[[hs.Problem], hs.Problem]) -> dict[str, Tensor]:

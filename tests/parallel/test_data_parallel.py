@@ -27,6 +27,7 @@ PROGRAMS = (
     "refusals",
     "failures",
     "counted",
+    "rooms",
     "halves",
     "commands",
     "interrupted",
@@ -99,6 +100,17 @@ def test_a_product_takes_one_reduction_of_all_its_vectors(two: list[dict[str, An
     for rank in two:
         for reductions, moved, own in rank["counted"].values():
             assert (reductions, moved) == (1, own + 8 * (4 + 2))
+
+
+def test_ranks_that_share_memory_take_what_fits_the_poorest(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        chosen, _, gap = rank["rooms"]["plenty"]
+        assert (chosen, gap) == ("reverse-over-reverse", 0.0)
+        chosen, note, gap = rank["rooms"]["little"]
+        assert chosen == "streamed"
+        assert "do not fit into" in note
+        assert gap < 1e-10
+        assert "of memory that are free for each process, but it is predicted to take" in rank["rooms"]["none"]
 
 
 @pytest.mark.parametrize("layout", ["data", "fsdp"])

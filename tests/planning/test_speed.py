@@ -62,6 +62,15 @@ def test_operations_are_really_run() -> None:
     assert 0 < found[0] < found[1]
 
 
+def test_what_changes_its_argument_meets_the_same_numbers_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[float] = []
+    monkeypatch.setattr("hesscope.planning.speed._once", lambda device, run, fault: results.append(float(run())) or 0.0)
+    Clock(RATES, CPU).by_operations(
+        Work(operations=1, kinds={kind_of(torch.ops.aten.exp_.default, (torch.ones(1),), {}): 1})
+    )
+    assert results == [pytest.approx(1.6487, rel=1e-4)] * 5
+
+
 def _products(width: int) -> Work:
     x = torch.empty(width, width, device=META)
     with Meter() as meter:

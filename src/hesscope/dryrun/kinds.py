@@ -47,10 +47,15 @@ class Kind:
     keywords: tuple[tuple[str, Any], ...]
 
     def run(self, device: torch.device) -> Callable[[], Any]:
-        """A call that runs the operation on made-up arguments, over and over."""
+        """A call that runs the operation on made-up arguments, which it may change."""
         args = tuple(_made(x, device) for x in self.arguments)
         kwargs = {name: _made(x, device) for name, x in self.keywords}
         return lambda: self.function(*args, **kwargs)
+
+    @property
+    def mutates(self) -> bool:
+        """Whether the operation changes an argument, so that a second run may meet other numbers."""
+        return bool(self.function._schema.is_mutable)
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from hesscope.engines.streaming import Streamed, StreamedThroughOutputs
 from hesscope.engines.through_outputs import ThroughOutputs
 from hesscope.errors import HesscopeError
 from hesscope.losses import takes_kernel
-from hesscope.models import elsewhere, named_parameters, sharded, state_key
+from hesscope.models import named_parameters, sharded, state_key
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
@@ -84,8 +84,7 @@ class CurvatureOfRisk(Operator):
 
     def _make_room(self) -> None:
         """Before anything heavy: see that it fits, or take what does."""
-        # Ranks would have to decide as one; that weights are elsewhere they all know.
-        if self._has_room or (self.comm.describe() is not None and elsewhere(self.problem.model) is None):
+        if self._has_room:
             return
         self._has_room = True
         middle = self.engine.middle if isinstance(self.engine, ThroughOutputs) else None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -11,7 +14,7 @@ from hesscope.engines import Auto, Engine
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, largest_batch
 from hesscope.engines.streaming import Streamed
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes, is_unlimited
+from hesscope.memory import available_bytes, is_limited, is_unlimited
 from hesscope.models import elsewhere, is_shadow, sharded
 from hesscope.problem import Problem
 from hesscope.space import Space
@@ -27,7 +30,7 @@ def make_room(
 ) -> tuple[Engine, int | None]:
     """The engine, known to fit, and the bytes that its products leave, where these were looked at.
 
-    An engine that nobody asked for by name gives way to `streamed` where it does not fit.
+    An engine that nobody asked for by name gives way to `streamed` where it does not fit. Called by all ranks of several.
 
     Raises:
         HesscopeError: neither fits; says what takes how much, and what would help.
@@ -47,28 +50,57 @@ def make_room(
         return engine, None
     if is_unlimited():
         return engine, None
-    available = available_bytes(problem.device)
+    available = _free(problem)
     if rough_bytes(problem, space) <= _PLENTY * available:
         return engine, None
+    found = problem.comm.on_first(lambda: _decide(engine, streamed, problem, space, available))
+    if not found.reason:
+        return engine, found.left
+    other = streamed()
+    if isinstance(engine, Auto):
+        engine.settle(other, found.reason)
+        return engine, found.left
+    return other, found.left
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Why the engine gives way, if it does, and what is left; every rank of several takes the first one's."""
+
+    reason: str
+    left: int | None
+
+
+def _free(problem: Problem) -> int:
+    """What a process may take: those that share a machine's memory divide it, and all reckon with what the poorest has."""
+    device = problem.device
+    place = platform.node(), str(device) if device.type != "cpu" else "cpu"
+    told = problem.comm.gathered((place, available_bytes(device)))
+    if is_limited():  # each process by itself
+        return min(free for _, free in told)
+    sharing = Counter(of for of, _ in told)
+    return min(free // sharing[of] for of, free in told)
+
+
+def _decide(
+    engine: Engine, streamed: Callable[[], Engine], problem: Problem, space: Space, available: int
+) -> _Decision:
     try:
         runs = DryRuns(problem, space)
         needed = _resident(runs, engine.for_part)
     except NotDry:
-        return engine, None  # nothing is known, so nothing is refused
+        return _Decision("", None)  # nothing is known, so nothing is refused
     if needed <= available:
-        return engine, available - needed
+        return _Decision("", available - needed)
     instead = _resident_if_it_runs(runs, streamed) if _may_give_way(engine) else None
     if instead is not None and instead <= available:
-        other = streamed()
         reason = f"{_gigabytes(needed)} for {name_of(engine)} do not fit into {_gigabytes(available)}"
-        if isinstance(engine, Auto):
-            engine.settle(other, reason)
-            return engine, available - instead
-        return other, available - instead
+        return _Decision(reason, available - instead)
     least = needed if instead is None else min(needed, instead)
+    free = f"{_gigabytes(available)} of memory that are free" + (" for each process" if problem.comm.ranks > 1 else "")
     raise HesscopeError(
-        f"Expected a product of engine {name_of(engine)!r} to fit into the {_gigabytes(available)} of memory that are free, but it "
-        f"is predicted to take {_gigabytes(needed)}"
+        f"Expected a product of engine {name_of(engine)!r} to fit into the {free}, but it is predicted to take "
+        f"{_gigabytes(needed)}"
         + (f" ({_gigabytes(instead)} streamed)" if instead is not None else "")
         + f"; {_advice(problem, engine, least, available)}, or lift the check (--force, hs.memory_limit(None))."
     )
