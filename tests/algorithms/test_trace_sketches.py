@@ -160,9 +160,9 @@ def test_float32(method: str) -> None:
 
 
 def test_auto_takes_xnystrace_for_what_is_semidefinite() -> None:
-    A = hs.operator(semidefinite(generic(120)))
-    assert hs.trace(A, budget=40).method == "hutchinson"
-    A.positive_semidefinite = True
+    matrix = semidefinite(generic(120))
+    assert hs.trace(hs.operator(matrix), budget=40).method == "hutchinson"
+    A = hs.operator(matrix, positive_semidefinite=True)
     assert hs.trace(A, budget=40).method == "xnystrace"
     assert hs.trace(A, budget=10).method == "hutchinson"
 

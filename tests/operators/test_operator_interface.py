@@ -164,6 +164,15 @@ def test_what_is_positive_semidefinite_says_so() -> None:
         assert not other.positive_semidefinite
 
 
+def test_what_is_given_may_be_declared_positive_semidefinite() -> None:
+    A = torch.eye(3, dtype=torch.float64)
+    for of, more in ((A, {}), (lambda X: X, {"size": 3}), (hs.operator(A).to_scipy(), {})):
+        assert not hs.operator(of, **more).positive_semidefinite
+        known = hs.operator(of, **more, positive_semidefinite=True)
+        assert (known.positive_semidefinite, (2 * known).positive_semidefinite) == (True, True)
+        assert hs.trace(known, "xnystrace", budget=2).method == "xnystrace"
+
+
 def test_composed_operators_count_their_parts() -> None:
     problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
     space = hs.select(problem, "transformer.ln_f.*")

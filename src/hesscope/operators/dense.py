@@ -19,9 +19,15 @@ class FlatOperator(Operator):
     """A function from [n, K] to [n, K], taken at its word to be linear and symmetric."""
 
     def __init__(
-        self, matmat: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device, kind: str
+        self,
+        matmat: Callable[[Tensor], Tensor],
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kind: str,
+        positive_semidefinite: bool,
     ) -> None:
-        super().__init__(flat_space(size, dtype, device))
+        super().__init__(flat_space(size, dtype, device), positive_semidefinite)
         self._function = matmat
         self._kind = kind
 
@@ -50,6 +56,7 @@ def operator(
     size: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    positive_semidefinite: bool = False,
 ) -> Operator:
     """Any symmetric matrix, or function `matmat` from [n, k] to [n, k], as an operator.
 
@@ -57,6 +64,9 @@ def operator(
         matrix: a square symmetric tensor or array; a function, for which give `size` and, unless float32, `dtype`; or
             SciPy's: a sparse matrix or a `LinearOperator`, the way back from `to_scipy()`. A function and SciPy's are
             taken at their word to be symmetric (`hesscope.eigs` and other long runs probe it).
+        size, dtype, device: of a function; `dtype` and `device` convert a matrix.
+        positive_semidefinite: that it is known to have no negative eigenvalue, taken at your word; XNysTrace is for
+            such alone.
 
     Raises:
         HesscopeError: the matrix is not square or not symmetric (relative asymmetry above 1e-3), a function without size.
@@ -67,16 +77,19 @@ def operator(
         tensor([2., 1.])
     """
     if any(kind.__module__.startswith("scipy.") for kind in type(matrix).__mro__):
-        return _of_scipy(matrix, dtype, device)
+        return _of_scipy(matrix, dtype, device, positive_semidefinite)
     if callable(matrix) and not isinstance(matrix, Tensor):
         if size is None:
             raise HesscopeError("Expected size= with a function: the number of coordinates it works on.")
-        return FlatOperator(matrix, size, dtype or torch.float32, torch.device(device or "cpu"), "function")
+        where = torch.device(device or "cpu")
+        return FlatOperator(matrix, size, dtype or torch.float32, where, "function", positive_semidefinite)
     A = _symmetric(torch.as_tensor(matrix), dtype, device)
-    return FlatOperator(lambda X: A @ X, A.shape[0], A.dtype, A.device, "matrix")
+    return FlatOperator(lambda X: A @ X, A.shape[0], A.dtype, A.device, "matrix", positive_semidefinite)
 
 
-def _of_scipy(matrix: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Operator:
+def _of_scipy(
+    matrix: Any, dtype: torch.dtype | None, device: torch.device | str | None, positive_semidefinite: bool
+) -> Operator:
     """A `LinearOperator` or sparse matrix; its products are NumPy's, on the CPU."""
     from scipy.sparse.linalg import aslinearoperator
 
@@ -91,7 +104,7 @@ def _of_scipy(matrix: Any, dtype: torch.dtype | None, device: torch.device | str
     def matmat(X_nK: Tensor) -> Tensor:
         return torch.from_numpy(np.array(L.matmat(X_nK.cpu().numpy()))).to(X_nK.device)
 
-    return FlatOperator(matmat, L.shape[0], wide, torch.device(device or "cpu"), "scipy")
+    return FlatOperator(matmat, L.shape[0], wide, torch.device(device or "cpu"), "scipy", positive_semidefinite)
 
 
 def _symmetric(matrix: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
