@@ -34,6 +34,15 @@ def test_small_blocks_find_a_gap_that_a_larger_one_has_left() -> None:
 
 
 @glibc
+def test_a_heap_that_is_given_back_is_not_in_further_products() -> None:
+    size, count = 12 * 2**20, 30
+    trace = array("q", [*([size] * count), *range(-1, -count - 1, -1), 0])
+    found = resident(trace, size * count, CPU, again=1)
+    assert found.fresh[0] == pytest.approx(size * count, rel=0.01)
+    assert found.fresh[1] < 2**20
+
+
+@glibc
 def test_what_comes_after_the_last_section_is_left_out_and_nothing_is_repeated_unasked() -> None:
     found = resident(array("q", [LARGE, 0, LARGE, LARGE]), 3 * LARGE, CPU)
     assert found.peak - _ONCE == pytest.approx(LARGE, rel=0.01)

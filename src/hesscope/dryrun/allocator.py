@@ -34,8 +34,8 @@ class Resident:
 
     Attributes:
         peak: the most memory that it adds to the process.
-        fresh: bytes that come anew from the system in each section of the run, and in each of the last ones once it has come
-            before; empty where that is not known, or costs nothing.
+        fresh: bytes that come anew from the system in each section of the run, and in each of the last ones once the heap has
+            stopped giving back; empty where that is not known, or costs nothing.
     """
 
     peak: int
