@@ -1,6 +1,6 @@
 """Weights, vectors and a Krylov basis divided among 1, 2 and 4 ranks by fully_shard: memory per rank, bytes moved, seconds.
 
-    python benchmarks/sharded.py [--ranks 1 2 4] [--steps 10]
+    python benchmarks/sharded.py [--ranks 1 2 4] [--steps 10] [--diagonal]
 
 A Llama of 29.5 million weights (width 512, 8 blocks, tied), 4 sequences of 64 tokens, all weights, float32, Lanczos with its basis.
 Every rank is a fresh process with one thread. Memory is resident memory above what it was before the model: held at rest, with
@@ -9,6 +9,9 @@ model, and on the other ranks. Bytes are those that a rank sends in gathers and 
 `lo` (Linux) of all ranks together; the least is, with R ranks and b sequences a rank at most,
 
     (R - 1) / R * (b * (2 weights + 2 vector + 1 sum of the blocks) + (weights + vector + sum) of the rest) * 4 bytes.
+
+With --diagonal it is Hutchinson's estimate of the diagonal, a probe at a time, on vectors that are divided and, for comparison, on
+vectors that each rank has whole: held is what there is between two probes, weights, means and squares; peak is that of the steps.
 """
 
 from __future__ import annotations
@@ -33,17 +36,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--side", action="store_true")
+    parser.add_argument("--diagonal", action="store_true")
+    parser.add_argument("--side", choices=("lanczos", "divided", "whole"))
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(side(given.steps)))
+        found = side(given.steps) if given.side == "lanczos" else diagonal_side(given.steps, given.side == "whole")
+        print(json.dumps(found))
+        return
+    if given.diagonal:
+        diagonal(given.ranks, given.steps)
         return
     figures = {}
     print(
         "ranks  loading GB: rank 0, others  sharded GB  held GB  peak GB  seconds a step  MB sent a product  of the least  on the wire, of the least"
     )
     for ranks in given.ranks:
-        found = figures[str(ranks)] = together(ranks, given.steps)
+        found = figures[str(ranks)] = together(ranks, given.steps, "lanczos")
         moved = [found[key] / found["least"] if found["least"] else 1.0 for key in ("moved", "wire")]
         print(
             f"{ranks:5}  {found['loading'] / 1e9:18.3f}  {found['loading others'] / 1e9:6.3f}  {found['sharded'] / 1e9:10.3f}  {found['held'] / 1e9:7.3f}  {found['peak'] / 1e9:7.3f}  "
@@ -52,13 +60,27 @@ def main() -> None:
     print(f"written to {write_record('sharded', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
 
 
-def together(ranks: int, steps: int) -> dict[str, Any]:
+def diagonal(ranks: list[int], steps: int) -> None:
+    """The table of the diagonal."""
+    figures: dict[str, Any] = {}
+    print("ranks  vectors  sharded GB  held GB  peak GB  seconds a probe  MB sent a probe  sum of the diagonal")
+    for count in ranks:
+        for kind in ("divided", "whole"):
+            found = figures.setdefault(str(count), {})[kind] = together(count, steps, kind)
+            gigabytes = "  ".join(f"{found[key] / 1e9:8.3f}" for key in ("sharded", "held", "peak"))
+            print(
+                f"{count:5}  {kind:7}  {gigabytes}  {found['seconds']:15.2f}  {found['moved'] / 1e6:15.1f}  {found['sum']:.6g}"
+            )
+    print(f"written to {write_record('sharded_diagonal', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
+
+
+def together(ranks: int, steps: int, kind: str) -> dict[str, Any]:
     """Run the ranks; the largest memory of any, and what rank 0 says of the rest."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, __file__, "--side", "--steps", str(steps)]
+    command = [sys.executable, __file__, "--side", kind, "--steps", str(steps)]
     started = [
         subprocess.Popen(
             command, env=common | {"RANK": str(r), "WORLD_SIZE": str(ranks)}, stdout=subprocess.PIPE, text=True
@@ -70,11 +92,15 @@ def together(ranks: int, steps: int) -> dict[str, Any]:
         raise SystemExit(f"{ranks} ranks failed")
     found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
     result: dict[str, Any] = found[0] | {key: max(f[key] for f in found) for key in ("held", "peak", "moved")}
-    return result | {"loading others": max((f["loading"] for f in found[1:]), default=0)}
+    return (
+        result | {"loading others": max((f["loading"] for f in found[1:]), default=0)}
+        if "loading" in result
+        else result
+    )
 
 
-def side(steps: int) -> dict[str, Any]:
-    """One rank."""
+def divided_problem() -> tuple[Any, int, int]:
+    """The operator over all weights on this rank; memory before the model, and the peak until the weights were divided."""
     import torch
     import torch.distributed as dist
     from hessian_product import make_model
@@ -82,8 +108,6 @@ def side(steps: int) -> dict[str, Any]:
     from transformers import LlamaForCausalLM  # noqa: F401  # part of the library's own memory
 
     import hesscope as hs
-    from hesscope.algorithms.krylov import Krylov
-    from hesscope.models import sharded
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -92,14 +116,59 @@ def side(steps: int) -> dict[str, Any]:
     before = reset_peak()
     with nullcontext() if dist.get_rank() == 0 else torch.device("meta"):
         model = make_model(LENGTH)
-    n = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     tokens = torch.randint(0, 8192, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     hs.fully_shard_model(model)
     loading = peak_bytes() - before
     problem = hs.data_parallel(hs.causal_lm(model, tokens, batch_size=1))
-    H = hs.hessian(problem, engine="streamed")
-    store = sharded(model)
+    return hs.hessian(problem, engine="streamed"), before, loading
+
+
+def diagonal_side(steps: int, whole: bool) -> dict[str, Any]:
+    """One rank's part in a diagonal."""
+    H, before, _ = divided_problem()
+    import torch.distributed as dist
+
+    from hesscope.algorithms.diagonals import Limits
+    from hesscope.algorithms.diagonals.hutchinson import Hutchinson
+    from hesscope.models import sharded
+
+    store = sharded(H.problem.model)
+    assert store is not None
+    run = Hutchinson(H.undivided() if whole else H, Limits(steps, target=1e-9), 0)
+    run.step()  # with the check
+    dist.barrier()
+    reset_peak()
+    moved, began = store.exchange.moved_bytes, time.perf_counter()
+    while not run.done:
+        run.step()
+    lasted = time.perf_counter() - began
+    peak = peak_bytes() - before
+    H.comm.any(False)
+    held = reset_peak() - before
+    moved = store.exchange.moved_bytes - moved
+    n, of = H.space.size, H.space.whole if whole else H.space
+    values = run.estimate().values
+    return {
+        "sharded": 3 * 4 * n / H.comm.ranks,  # weights, means and squares
+        "held": held,
+        "peak": peak,
+        "seconds": lasted / (steps - 1),
+        "moved": moved / (steps - 1),
+        "sum": float(of.total(lambda c: values[c.name].double().sum())),
+    }
+
+
+def side(steps: int) -> dict[str, Any]:
+    """One rank."""
+    H, before, loading = divided_problem()
+    import torch.distributed as dist
+
+    from hesscope.algorithms.krylov import Krylov
+    from hesscope.models import sharded
+
+    problem, n = H.problem, H.space.size
+    blocks = sum(c.whole.size for c in H.space.coordinates if ".layers." in c.name)
+    store = sharded(problem.model)
     assert store is not None
     run = Krylov(H, H.space.gaussian(0, ["start"]), 0, restart=False, capacity=steps)
     run.step()  # with the check

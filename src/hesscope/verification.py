@@ -33,12 +33,12 @@ def verify(problem: Problem, space: Space | None = None, engine: str = "auto", s
     3. linearity: H(u + v) against Hu + Hv;
     4. token weighting: the product when the same sequences are batched differently (in a copy of the data);
     5. finite difference: the product against central differences of the gradient along one direction; for parameters in
-       less than float64, of a float64 copy of the model.
+       less than float64, of a float64 copy of the model, unless its weights are divided among processes.
 
     Returns:
         A `Verification`; `passed` says whether every measured value is within its limit.
     """
-    space = (select(problem) if space is None else space).whole
+    space = select(problem) if space is None else space
     H = hessian(problem, space, engine)
     began = time.perf_counter()
     checks, partners = _checks(problem, space, H, engine, seed)

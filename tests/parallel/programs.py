@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from divided_runs import continued, held_and_gathered, stopped
 from shared_cases import ARCHITECTURES, DIVIDED, QUICK, cases, few_cases, grouped_cases, tensor_cases, whole_cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -113,6 +114,18 @@ def _divided(problem: hs.Problem, divide: Callable[[nn.Module], nn.Module], **op
 def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
     """A few cases, with weights divided among the ranks."""
     return dict(few_cases(fully_sharded))
+
+
+def divided_runs(folder: Path) -> dict[str, Any]:
+    """What a rank has of vectors at once; runs that stop here, and those that one process has begun."""
+    found = {"most": held_and_gathered(fully_sharded), "whole": continued(fully_sharded, None)}
+    stopped(fully_sharded, folder / "by-two")
+    return found | {"from one": continued(fully_sharded, folder / "by-one")}
+
+
+def most_of_a_vector(folder: Path) -> dict[str, Any]:
+    """The first of these."""
+    return held_and_gathered(fully_sharded)
 
 
 def given_out(folder: Path) -> dict[str, Any]:

@@ -138,10 +138,41 @@ def few_cases(share: Share) -> Iterator[Case]:
     yield "lanczos", {"basis": hs.lanczos(H, 4, keep_basis=True).basis.abs()}
     yield "trace", {"estimate": torch.tensor(hs.trace(H, "hutch++", budget=12).estimate)}
     yield "density", {"nodes": hs.density(H, probes=2, steps=4).nodes}
-    yield "diagonal", {"values": hs.diagonal(H, "hutchinson", budget=4).flat()}
+    for method, budget in {
+        "hutchinson": 4,
+        "gaussian": 4,
+        "deflated": 8,
+        "xdiag": 8,
+        "nystrom": 24,
+        "control-variate": 9,
+    }.items():
+        yield f"diagonal, {method}", _diagonal(H, method, budget)
+    yield (
+        "diagonal, per-sequence",
+        _diagonal(hs.hessian(problem, layers), "per-sequence", 4),
+    )  # before its products are streamed
+    yield "diagonal, auto", _diagonal(hs.hessian(problem, layers, "streamed"), "auto", 70)
+    yield "diagonal to a target", _diagonal(H, "hutchinson", 60, target_error=0.6)
+    yield "diagonal of a GGN", _diagonal(hs.ggn(problem, layers), "sampled", 4)
+    for by, A in {"kind": H, "layer": H.shifted(2.0)}.items():
+        of = hs.groups(A, by, probes=2, steps=3, max_products=6).tensors()
+        yield f"groups by {by}", {name: tensor for name, tensor in of.items() if tensor.is_floating_point()}
+    yield "verify", {"passed": torch.tensor([float(x) for x in hs.verify(problem, layers, "streamed").outcomes()])}
     perplexed = share(hs.causal_lm(whole.model, ragged_batches(), objective="perplexity"))
     part = hs.select(perplexed, "*ln_f*")
     yield "block of the perplexity", _block(hs.hessian(perplexed, part))
+
+
+def _diagonal(A: hs.Operator, method: str, budget: int, **limits: float) -> dict[str, Tensor]:
+    found = hs.diagonal(A, method, budget, **limits)
+    sums = found.provenance["estimator"].get("layer_sums", {})
+    return {
+        "values": found.flat(),
+        "standard errors": torch.cat([x.reshape(-1) for x in found.standard_error.values()]),
+        "error": torch.tensor(found.relative_error),
+        "products": torch.tensor(float(found.products)),
+        "sums": torch.tensor([1.0, *(x for pair in sums.values() for x in pair)], dtype=torch.float64),
+    }
 
 
 def tensor_cases(share: Share, architecture: str, more: bool = False) -> Iterator[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from divided_runs import MULTIPLY, STOPPED, continued, stopped
 from launching import run_ranks
 from programs import (
     DENSITY,
@@ -30,11 +32,14 @@ from torch.distributed.tensor import DTensor, Partial
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
+from hesscope.algorithms import state_file
+from hesscope.algorithms.checkpoint import STATE
 from hesscope.cli.main import run
 from hesscope.exchange import Boxes, ByRows, Exchange, Table, _code, _decoded
 from hesscope.models import sharded
 from oracles import relative
 
+PROGRAMS = ("sharded", "sharded_facts", "sharded_commands", "sharded_interrupted", "divided_runs", "given_out")
 #: Where the streamed engine, which divided weights choose, leads to another way or to other costs than double backward.
 OTHER_WAYS = ("block, positions: products", "diagonal, auto", ": units")
 #: Cases of models without casts to float32.
@@ -51,7 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "0.pt").exists():
             assert interrupted(root, "sharded-from-one", *STREAMED)[0] == 130
-            run_ranks(2, root, "sharded", "sharded_facts", "sharded_commands", "sharded_interrupted", "given_out")
+            stopped(lambda problem: problem, root / "by-one")
+            shutil.copytree(root / "by-one", root / "by-one-kept")
+            run_ranks(2, root, *PROGRAMS)
     return root
 
 
@@ -224,6 +231,53 @@ def test_a_run_with_weights_divided_goes_on_with_one_process(two: list[dict[str,
         torch.testing.assert_close(resumed.tensors()[name], tensor, rtol=1e-8, atol=1e-9 * float(tensor.abs().max()))
 
 
+def assert_little_of_a_vector(most: dict[str, Any]) -> None:
+    """An operator is given the rows of a rank, and nothing is gathered but a diagonal and its errors, once."""
+    for method in (*MULTIPLY, "groups", "verify"):
+        assert most[method]["held"] == most["own"] < most["size"], method
+    assert {method: most[method]["gathered"] for method in MULTIPLY} == dict.fromkeys(MULTIPLY, 2 * most["size"])
+    assert most["groups"]["gathered"] == 0
+
+
+def test_diagonals_and_groups_have_a_ranks_rows_of_vectors(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert_little_of_a_vector(rank["divided_runs"]["most"])
+
+
+def assert_alike(found: Any, expected: Any, where: str) -> None:
+    """Two states: the same dictionaries and lists, and tensors of one dtype to rounding."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, where
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max()), msg=where)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key, value in expected.items():
+            assert_alike(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (own, value) in enumerate(zip(found, expected, strict=True)):
+            assert_alike(own, value, f"{where}/{i}")
+    elif not where.endswith("/seconds"):
+        assert found == pytest.approx(expected, rel=1e-8) if isinstance(expected, float) else found == expected, where
+
+
+@pytest.mark.parametrize("name", list(STOPPED))
+def test_a_diagonal_or_groups_under_way_are_kept_as_one_process_keeps_them(
+    two: list[dict[str, Any]], folder: Path, name: str
+) -> None:
+    found, expected = (state_file.read(folder / by / name / STATE) for by in ("by-two", "by-one-kept"))
+    assert_alike(found, expected, name)
+
+
+def test_they_go_on_with_another_number_of_ranks(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "by-two", tmp_path / "by-two")
+    expected = continued(lambda problem: problem, None)
+    for found in (*(rank["divided_runs"][way] for rank in two for way in ("whole", "from one")),
+                  continued(lambda problem: problem, tmp_path / "by-two")):  # fmt: skip
+        assert differences(found, expected) == []
+
+
 def test_a_layout_needs_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*DENSITY, "--layout", "fsdp"]) == 2
     assert "put torchrun before the command" in capfd.readouterr().err
@@ -237,6 +291,14 @@ def test_every_architecture_on_four_ranks(tmp_path: Path, alone: None) -> None:
     assert far_apart(one, all_divided(lambda problem: problem)) == []
     for found in run_ranks(4, tmp_path, "all_sharded"):
         assert differences(found["all_sharded"], one) == []
+
+
+@pytest.mark.slow
+def test_uneven_rows_on_three_ranks(tmp_path: Path) -> None:
+    expected = dict(few_cases(lambda problem: problem))
+    for found in run_ranks(3, tmp_path, "sharded", "most_of_a_vector"):
+        assert differences(found["sharded"], expected) == []
+        assert_little_of_a_vector(found["most_of_a_vector"])
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hesscope.algorithms.driver import Iteration
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
 from hesscope.operators.chunks import chunk_size
-from hesscope.space import Space, Vectors
+from hesscope.space import Space, Vectors, vectors
 from hesscope.space.sums import squares
 
 #: Random streams of the sign vectors: those of a density's start vectors, so that both speak of the same vectors.
@@ -58,9 +58,10 @@ class CrossNorms(Iteration):
 
     def _squares(self, Az: Vectors) -> Tensor:
         """|(A z)_g|^2 for every vector and group, [K, G]."""
-        columns = torch.zeros(len(self._parts), next(iter(Az.values())).shape[0], dtype=torch.float64)
-        for name, part in Az.items():
-            columns[self._group[name]] += squares(part.reshape(len(part), -1)).to("cpu")
+        columns = torch.zeros(len(self._parts), vectors.count(Az), dtype=torch.float64)
+        of_parts = self._H.space.totals(lambda c: squares(Az[c.name].reshape(vectors.count(Az), c.size)))
+        for name, own in of_parts.items():
+            columns[self._group[name]] += own
         return columns.T
 
     def state(self) -> dict[str, Any]:

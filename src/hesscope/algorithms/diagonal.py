@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
-from hesscope.algorithms.diagonals import Estimator, Limits, exact_entries, products_needed
+from hesscope.algorithms.diagonals import Estimator, Limits, exact_entries, products_needed, relative_error
 from hesscope.algorithms.diagonals.automatic import Automatic
 from hesscope.algorithms.diagonals.control_variate import FEWEST, ControlVariate
 from hesscope.algorithms.diagonals.deflated import Deflated
@@ -84,7 +84,6 @@ def diagonal(
     """
     method = "hutchinson" if method == "rademacher" else method
     _check(method, max_seconds, directions)
-    H = H.undivided()
     n = products_needed(H)
     exact = check_estimation("diagonal", method, budget, target_error, n, METHODS)
     exact = exact and not (method == "auto" and target_error is not None and n > _FEW)
@@ -94,15 +93,18 @@ def diagonal(
     options = {"method": method, "budget": budget, "target_error": target_error, "seed": seed}
     options |= {k: v for k, v in (("max_seconds", max_seconds), ("directions", directions)) if v is not None}
     if exact:
+        H = H.undivided()
         entries = exact_entries(H, "diagonal, exact")
         spent = drive(H, entries, options, checkpoint)
         return _exact(H, spent, entries.values, seed)
     run = estimator(H, method, limits, seed, directions)
     spent = drive(H, run, options, checkpoint)
     found = run.estimate()
+    del run  # what it kept makes room for all of the result
     spent["provenance"]["estimator"] = found.record
-    return Diagonal(**spent, method=found.method, values=found.values, standard_error=found.standard_error,
-                    relative_error=found.relative_error, degrees_of_freedom=found.degrees_of_freedom,
+    values, errors = H.space.collected(found.values), H.space.collected(found.standard_error)
+    return Diagonal(**spent, method=found.method, values=values, standard_error=errors,
+                    relative_error=relative_error(values, errors), degrees_of_freedom=found.degrees_of_freedom,
                     seed=seed)  # fmt: skip
 
 

@@ -67,7 +67,6 @@ def groups(
                 [2., 2.]], dtype=torch.float64)
     """
     _require(probes, steps, max_products, tol)
-    H = H.undivided()
     parts = grouped(H.space, by)
     seed = run_seed(seed, checkpoint, H.comm)
     home = Home.of(basis_device, basis_folder)

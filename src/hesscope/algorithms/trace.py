@@ -80,8 +80,8 @@ def trace(
 
 def _choice(H: Operator, budget: int) -> str:
     vectors_needed = 2 * min(budget, H.space.size)
-    free = H.comm.on_first(lambda: available_bytes(H.space.device))
-    fits = vectors_needed * H.space.size * H.dtype.itemsize < free // 2
+    needed = vectors_needed * H.space.own_size * H.dtype.itemsize
+    fits = H.comm.on_first(lambda: needed < available_bytes(H.space.device) // 2)
     return "xnystrace" if H.positive_semidefinite and fits and budget >= 15 else "hutchinson"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from copy import copy
 
 import torch
 
@@ -67,6 +68,11 @@ class Auto(Engine):
         self._engine, self._measured, self._settled = engine, True, True
         self.note = f"{engine.name}: {reason}"
         self._copy_units()
+
+    def for_part(self) -> Engine:
+        other = copy(self)
+        other._engine = self._engine.for_part()
+        return other
 
     def prepare(self, problem: Problem, space: Space) -> float:
         return self._engine.prepare(problem, space) if self._settled else 0.0

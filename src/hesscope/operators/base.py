@@ -224,6 +224,8 @@ class Operator(ABC):
         """
         from hesscope.operators.composed import Restriction
 
+        if isinstance(part, Space) and part.is_of(self.space):
+            return Restriction(self, part)
         return Restriction(self.undivided(), part.whole if isinstance(part, Space) else part)
 
     def narrowed(self, part: Space) -> Operator | None:

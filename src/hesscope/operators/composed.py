@@ -238,20 +238,22 @@ class Restriction(Operator):
         return self._base.origin()
 
 
-def _places(space: Space, part: Space) -> dict[str, Tensor]:
+def _places(space: Space, part: Space) -> dict[str, Tensor | slice]:
     """For each parameter of a part, where its coordinates are among those of the space."""
     return {c.name: _positions(space, c) for c in part.coordinates}
 
 
-def _read(V: Vectors, part: Space, places: dict[str, Tensor]) -> Vectors:
+def _read(V: Vectors, part: Space, places: dict[str, Tensor | slice]) -> Vectors:
     """A part of vectors."""
     K = vectors.count(V)
     return {c.name: V[c.name].reshape(K, -1)[:, places[c.name]].reshape(K, *c.shape) for c in part.coordinates}
 
 
-def _positions(space: Space, part: Coordinates) -> Tensor:
+def _positions(space: Space, part: Coordinates) -> Tensor | slice:
     """Where a part's coordinates of one parameter are among those that the space has of it."""
     whole = next((c for c in space.coordinates if c.name == part.name), None)
+    if whole is part:
+        return slice(None)
     if whole is not None and whole.parameter_shape == part.parameter_shape:
         place = torch.full((math.prod(whole.parameter_shape),), -1)
         place[whole.flat_indices()] = torch.arange(whole.size)

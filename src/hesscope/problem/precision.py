@@ -11,16 +11,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from hesscope.models import sharded
 from hesscope.problem.problem import Problem
 from hesscope.space import Space
 
 
 def in_float64(problem: Problem, space: Space) -> tuple[Problem, Space]:
-    """A float64 copy of the problem and the space over it; itself where it is float64, or where a frozen mask forbids it.
+    """A float64 copy of the problem and the space over it; itself where it is float64, or where there can be none.
 
-    Dropout masks depend on the dtype that they are drawn in.
+    Dropout masks depend on the dtype that they are drawn in, and weights that are divided among processes are not copied.
     """
-    if problem.dropout == "frozen" or all(p.dtype == torch.float64 for p in problem.model.parameters()):
+    dtypes = {p.dtype for p in problem.model.parameters()}
+    if problem.dropout == "frozen" or dtypes == {torch.float64} or sharded(problem.model) is not None:
         return problem, space
     return in_dtype(problem, space, torch.float64)
 

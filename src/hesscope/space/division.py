@@ -22,18 +22,18 @@ from hesscope.space.vectors import OnDemand, Passed, Vectors
 class Division:
     """Which rows of a space's vectors are here."""
 
-    def __init__(
-        self, exchange: Exchange, rows: dict[str, Rows], lengths: dict[str, int], names: frozenset[str]
-    ) -> None:
-        self.exchange, self.rows, self.lengths, self._names = exchange, rows, lengths, names
+    def __init__(self, exchange: Exchange, rows: dict[str, Rows], shapes: dict[str, tuple[int, ...]]) -> None:
+        self.exchange, self.rows = exchange, rows
+        self.lengths = {name: shapes[name][0] for name in rows}
+        #: Of all parts, divided or not, by whether all of it is meant or what is here.
+        self._shapes = {True: shapes, False: shapes | {n: (r.stop - r.start, *shapes[n][1:]) for n, r in rows.items()}}
 
     @classmethod
     def of(cls, coordinates: Sequence[Coordinates]) -> Division | None:
         rows = {c.name: c.rows for c in coordinates if c.rows is not None}
         if not rows:
             return None
-        lengths = {c.name: c.parameter_shape[0] for c in coordinates if c.rows is not None}
-        return cls(next(iter(rows.values())).exchange, rows, lengths, frozenset(c.name for c in coordinates))
+        return cls(next(iter(rows.values())).exchange, rows, {c.name: c.whole.shape for c in coordinates})
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the processes that hold different rows."""
@@ -46,10 +46,17 @@ class Division:
             if name not in self.rows:
                 found[name] = part
                 continue
+            if len(part) == 0:
+                found[name] = part.new_empty(0, self.lengths[name], *part.shape[2:])
+                continue
             first = part.transpose(0, 1).contiguous()  # rows first
             whole = self.exchange.gather_rows(first, self.lengths[name])
             found[name] = whole.transpose(0, 1).contiguous() if keep else part[:0]
         return found
+
+    def collected(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All rows of one vector, in main memory, on every process."""
+        return {name: self.gathered({name: part[None]})[name][0].cpu() for name, part in v.items()}
 
     def own(self, V: Vectors) -> Vectors:
         """The rows that are here."""
@@ -111,31 +118,42 @@ class Division:
 
     def state_gathered(self, state: Any, keep: bool) -> Any:
         """A nested state with all vectors in it whole, where `keep` is true; every process takes part."""
-        if self._is_vectors(state, whole=False):
-            found = self.gathered(state, keep)
-            return {name: part.cpu() for name, part in found.items()}
+        if (leading := self._leading(state, whole=False)) is not None:
+            found = {name: self.gathered({name: _led(part, leading)}, keep)[name].cpu() for name, part in state.items()}
+            return found if leading or not keep else {name: part[0] for name, part in found.items()}
         if isinstance(state, dict):
             return {key: self.state_gathered(value, keep) for key, value in state.items()}
         return [self.state_gathered(value, keep) for value in state] if isinstance(state, list) else state
 
     def state_own(self, state: Any) -> Any:
         """A nested state with all whole vectors in it divided."""
-        if self._is_vectors(state, whole=True):
-            return self.own(state)
+        if (leading := self._leading(state, whole=True)) is not None:
+            found = self.own({name: _led(part, leading) for name, part in state.items()})
+            return found if leading else {name: part[0] for name, part in found.items()}
         if isinstance(state, dict):
             return {key: self.state_own(value) for key, value in state.items()}
         return [self.state_own(value) for value in state] if isinstance(state, list) else state
 
-    def _is_vectors(self, state: Any, whole: bool) -> bool:
-        if not isinstance(state, dict) or frozenset(state) != self._names:
-            return False
-        return all(
-            isinstance(part, Tensor)
-            and part.dim() >= 2
-            and part.shape[1] == (self.lengths[name] if whole else self.rows[name].stop - self.rows[name].start)
-            for name, part in state.items()
-            if name in self.rows
-        )
+    def _leading(self, state: Any, whole: bool) -> int | None:
+        """1 for vectors, 0 for one vector in the parameters' own shapes, over all of the space or a part of it; None for another state."""
+        if (
+            not isinstance(state, dict)
+            or not state.keys() & self.rows.keys()
+            or not state.keys() <= self._shapes[True].keys()
+        ):
+            return None
+        if not all(isinstance(part, Tensor) for part in state.values()):
+            return None
+        shapes = {name: tuple(part.shape) for name, part in state.items()}
+        expected = {name: self._shapes[whole][name] for name in state}
+        if shapes == expected:
+            return 0
+        return 1 if {name: shape[1:] for name, shape in shapes.items() if shape} == expected else None
+
+
+def _led(part: Tensor, leading: int) -> Tensor:
+    """Vectors' part, from that or from one vector's."""
+    return part if leading else part[None]
 
 
 def local_part(c: Coordinates, part: Tensor) -> Tensor:

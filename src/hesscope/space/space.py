@@ -48,6 +48,10 @@ class Space:
         """Vectors of `whole` from this space's; every process takes part and has them."""
         return V if self.divided is None else self.divided.gathered(V)
 
+    def collected(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One vector in the parameters' own shapes, whole on every process: in main memory where it was divided."""
+        return v if self.divided is None else self.divided.collected(v)
+
     def own(self, V: Vectors) -> Vectors:
         """Vectors of this space from those of `whole`."""
         return V if self.divided is None else self.divided.own(V)
@@ -59,6 +63,11 @@ class Space:
     def size(self) -> int:
         """The number of coordinates, n."""
         return sum(c.whole.size for c in self.coordinates)
+
+    @cached_property
+    def own_size(self) -> int:
+        """How many of the coordinates are here."""
+        return sum(c.size for c in self.coordinates)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -125,6 +134,10 @@ class Space:
     def same_as(self, other: Space) -> bool:
         """Whether both spaces have the same coordinates in the same order."""
         return self is other or [c.key() for c in self.coordinates] == [c.key() for c in other.coordinates]
+
+    def is_of(self, other: Space) -> bool:
+        """Whether all coordinates are some parameters' of the other, each with every one that is selected there."""
+        return {id(c) for c in self.coordinates} <= {id(c) for c in other.coordinates}
 
     def like(self, given: dict[str, Tensor], V: Vectors) -> dict[str, Tensor]:
         """One vector as DTensors where those given are, and whole elsewhere."""
@@ -227,19 +240,27 @@ class Space:
     def inner(self, U: Vectors, V: Vectors) -> Tensor:
         """All inner products <u_k, v_l>, a [K, L] float64 tensor on the CPU."""
         shape = vectors.count(U), vectors.count(V)
-        return self._total(lambda c: sums.products(_rows(c, U), _rows(c, V)), shape)
+        return self.total(lambda c: sums.products(_rows(c, U), _rows(c, V)), shape)
 
-    def _total(self, sum_of: Callable[[Coordinates], Tensor], shape: tuple[int, ...]) -> Tensor:
-        """A sum over all coordinates, float64 on the CPU, from one function of a parameter's part."""
+    def total(self, sum_of: Callable[[Coordinates], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+        """A sum over all coordinates, float64 on the CPU, from one function of the part of a parameter that is here."""
         total = torch.zeros(shape, dtype=torch.float64)
         apart = torch.zeros(shape, dtype=torch.float64)
         for c in self.coordinates:
             (total if c.rows is None else apart).add_(sum_of(c).to("cpu", torch.float64))
         return total if self.divided is None else total + self.divided.total(apart)
 
+    def totals(self, sum_of: Callable[[Coordinates], Tensor]) -> dict[str, Tensor]:
+        """The same sum over every parameter's coordinates by itself; all of one shape."""
+        found = {c.name: sum_of(c).to("cpu", torch.float64) for c in self.coordinates}
+        if self.divided is None:
+            return found
+        names = list(self.divided.rows)
+        return found | dict(zip(names, self.divided.total(torch.stack([found[n] for n in names])), strict=True))
+
     def norms(self, V: Vectors) -> Tensor:
         """Euclidean norms, [K] float64."""
-        return self._total(lambda c: sums.squares(_rows(c, V)), (vectors.count(V),)).sqrt()
+        return self.total(lambda c: sums.squares(_rows(c, V)), (vectors.count(V),)).sqrt()
 
     def combine(self, V: Vectors, weights_KL: Tensor) -> Vectors:
         """Linear combinations: L vectors, the l-th being sum_k weights[k, l] v_k."""

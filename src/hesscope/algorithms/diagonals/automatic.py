@@ -4,7 +4,8 @@ The pilot spends a few probes and a few Krylov directions. The probes tell the v
 directions: their ratio r is what deflation achieves at once. Where the operator offers draws of its diagonal, a probe for every
 sequence or a Gauss-Newton matrix beside it, a few samples of each are compared with that, by variance times forward passes.
 Probes of the pilot are not used again, so the choice cannot bias what follows; the directions depend on no probe and are kept.
-Where memory holds few vectors, the pilot has no directions. Where a target error is asked for, the estimate is given up for the
+Where memory holds few vectors, the pilot has no directions; where vectors are divided among processes, no draws are tried, for
+those are made whole. Where a target error is asked for, the estimate is given up for the
 exact diagonal once it is seen to need more than that.
 """
 
@@ -53,12 +54,19 @@ class Automatic(Estimator):
         self._space = Subspace(H)
         self._chosen: Estimator | None = None
         self._why: dict[str, Any] = {}
+        whole = H.space.divided is None
+        self._draws_diagonal = whole and H.draws_diagonal
+        self._draws_gauss_newton = whole and H.has_gauss_newton
         self._lean = vectors_that_fit(H) < 4 * (limits.products if limits.fixed else FEWEST)
-        if self._lean and (limits.products < FEWEST or not (H.probed_groups > 1 or H.has_gauss_newton)):
+        if self._lean and (limits.products < FEWEST or not (self._draws_per_sequence or self._draws_gauss_newton)):
             self._follow("hutchinson", "the free memory")
         elif limits.products < FEWEST:
             few = "nystrom" if limits.products >= FEWEST_KEPT else "hutchinson"
-            self._follow("sampled" if H.draws_diagonal else few, "the small budget")
+            self._follow("sampled" if self._draws_diagonal else few, "the small budget")
+
+    @property
+    def _draws_per_sequence(self) -> bool:
+        return self._H.space.divided is None and self._H.probed_groups > 1
 
     @property
     def probes(self) -> int:
@@ -116,11 +124,13 @@ class Automatic(Estimator):
             pass
         passes = (self._H.units - units) / max(self._H.products - products, 1)
         samples = vectors.multiply(Z, AZ)
-        plain, deflated = Measured(spread(samples), passes), spread(vectors.multiply(Z, self._space.residual(Z, AZ)))
+        space = self._H.space
+        plain = Measured(spread(space, samples), passes)
+        deflated = spread(space, vectors.multiply(Z, self._space.residual(Z, AZ)))
         ratio = deflated / plain.variance if plain.variance > 0 else 1.0
         share = choice(ratio, self._limits.products)
         why = {"reason": "a pilot", "ratio": ratio, "share": share}
-        if self._H.draws_diagonal:
+        if self._draws_diagonal:
             draws = pilot.sampled()
             if draws.cost < deflated * passes:
                 return why | {"method": "sampled", "share": None, "exact_costs": self._exact_costs(plain, draws)}
@@ -137,13 +147,13 @@ class Automatic(Estimator):
         known: tuple[Vectors, Vectors] | None = None,
     ) -> dict[str, Any]:
         """The estimator so far, whose variance times forward passes is `least`, or one whose is below that."""
-        if self._H.probed_groups > 1:
+        if self._draws_per_sequence:
             found = pilot.per_sequence()
             why["per_sequence_gain"] = plain.variance / found.variance if found.variance > 0 else math.inf
             if found.cost < least:
                 least = found.cost
                 why |= {"method": "per-sequence", "share": None, "exact_costs": self._exact_costs(plain, found)}
-        if self._H.has_gauss_newton and self._limits.products >= FEWEST_CONTROLLED:
+        if self._draws_gauss_newton and self._limits.products >= FEWEST_CONTROLLED:
             controlled = pilot.control_variate(least, plain, known)
             if controlled is not None:
                 found, labels = controlled
@@ -176,7 +186,7 @@ class Automatic(Estimator):
         target, products = self._limits.target, self._limits.products
         if target is None:
             return nystrom_leaves(ratio, products)
-        squares = sum(float(x.mean(0).double().square().sum()) for x in samples.values())
+        squares = float(self._H.space.total(lambda c: samples[c.name].mean(0).double().square().sum()))
         signal, needed = max(squares - plain / PROBES, 0.0), FEWEST
         while needed < products and plain * nystrom_leaves(ratio, needed) > needed * target**2 * signal:
             needed = min(math.ceil(1.1 * needed), products)

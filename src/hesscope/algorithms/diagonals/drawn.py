@@ -23,7 +23,7 @@ class Drawn(Estimator):
 
     def __init__(self, H: Operator, limits: Limits, seed: int) -> None:
         super().__init__(H, limits, seed)
-        self._samples = Samples()
+        self._samples = Samples(H.space)
 
     @abstractmethod
     def draw(self, number: int) -> Vectors:
@@ -51,4 +51,4 @@ class Drawn(Estimator):
         return self._samples.state()
 
     def restore_own(self, state: dict[str, Any]) -> None:
-        self._samples.restore(self._H, state)
+        self._samples.restore(state)

@@ -14,7 +14,7 @@ from hesscope.algorithms.budget import FEWEST_PROBES
 from hesscope.algorithms.driver import Iteration
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
-from hesscope.space import Vectors, vectors
+from hesscope.space import Space, Vectors, vectors
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,22 @@ class Estimate:
     degrees_of_freedom: int
     record: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def relative_error(self) -> float:
-        return relative_error(self.values, self.standard_error)
 
+def relative_error(values: dict[str, Tensor], standard_error: dict[str, Tensor], space: Space | None = None) -> float:
+    """An estimate of |d_hat - d| / |d|: E|d_hat|^2 = |d|^2 + E|d_hat - d|^2, and the latter is the summed variance.
 
-def relative_error(values: dict[str, Tensor], standard_error: dict[str, Tensor]) -> float:
-    """An estimate of |d_hat - d| / |d|: E|d_hat|^2 = |d|^2 + E|d_hat - d|^2, and the latter is the summed variance."""
-    noise = sum(float(e.double().square().sum()) for e in standard_error.values())
-    signal = sum(float(d.double().square().sum()) for d in values.values())
+    Of parts that are divided among processes over all of them, with their space; all call it then.
+    """
+
+    def of(name: str) -> Tensor:
+        parts = standard_error[name], values[name]
+        return torch.stack([part.double().square().sum() for part in parts])
+
+    if space is None:
+        total = sum((of(name).cpu() for name in values), torch.zeros(2, dtype=torch.float64))
+    else:
+        total = space.total(lambda c: of(c.name), (2,))
+    noise, signal = total.tolist()
     if noise == 0:
         return 0.0
     return (noise / (signal - noise)) ** 0.5 if signal > noise else float("inf")
@@ -87,7 +94,8 @@ class Estimator(Iteration):
     @property
     def error(self) -> float:
         """The relative error that stopping looks at; an estimator whose estimate is dear looks less often."""
-        return self.estimate().relative_error
+        found = self.estimate()
+        return relative_error(found.values, found.standard_error, self._H.space)
 
     @property
     def done(self) -> bool:
@@ -114,7 +122,11 @@ class Estimator(Iteration):
         """Its counterpart."""
 
     def note(self) -> str:
-        return f"relative error {self.error:.2g}" if self.probes > 1 else ""
+        if self.probes < 2:
+            return ""
+        # Every process shows it when its own clock says so: that of the rows that are here.
+        found = self.estimate()
+        return f"relative error {relative_error(found.values, found.standard_error):.2g}"
 
     @property
     def _late(self) -> bool:

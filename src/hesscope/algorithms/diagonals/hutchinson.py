@@ -27,7 +27,7 @@ class Hutchinson(Estimator):
     def __init__(self, H: Operator, limits: Limits, seed: int, distribution: str = "rademacher") -> None:
         super().__init__(H, limits, seed)
         self._distribution = distribution
-        self._samples = Samples()
+        self._samples = Samples(H.space)
 
     @property
     def probes(self) -> int:
@@ -48,7 +48,7 @@ class Hutchinson(Estimator):
         return self._samples.state()
 
     def restore_own(self, state: dict[str, Any]) -> None:
-        self._samples.restore(self._H, state)
+        self._samples.restore(state)
 
     def _draw(self, streams: range) -> Vectors:
         space = self._H.space

@@ -160,8 +160,13 @@ def _choose(space: Space, Z: Vectors, Y: Vectors, C: Tensor, middle: _Middle, he
     spread = {}
     for damping in (None, *DAMPING):
         samples = _samples(space, Z, Y, C, middle.damped(damping), held_out)
-        spread[damping] = sum(float((x - x.mean(0)).double().square().sum()) for x in samples.values())
+        spread[damping] = deviations(space, samples)
     return min(spread, key=lambda damping: spread[damping])
+
+
+def deviations(space: Space, samples: Vectors) -> float:
+    """The samples' squared deviations from their mean, summed over all entries."""
+    return float(space.total(lambda c: (samples[c.name] - samples[c.name].mean(0)).double().square().sum()))
 
 
 def _zero(Y: Vectors) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from hesscope.algorithms.diagonals.control_variate import cost, labels_for, remainder
 from hesscope.algorithms.diagonals.deflated import BLOCK
 from hesscope.algorithms.diagonals.hutchinson import add_samples
-from hesscope.algorithms.diagonals.nystrom import SHARE
+from hesscope.algorithms.diagonals.nystrom import SHARE, deviations
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
 from hesscope.results.statistics import RunningMean
-from hesscope.space import Vectors, vectors
+from hesscope.space import Space, Vectors, vectors
 
 #: Probes and directions.
 PROBES, DIRECTIONS = 6, 2 * BLOCK
@@ -53,7 +53,7 @@ class Pilot:
             require_finite(self._H, found)
             add_samples(mean, found)
             spent.append(self._H.units)
-        variance = sum(float(x.double().sum()) for x in mean.squares.values()) / (PROBES - 1)
+        variance = float(self._H.space.total(lambda c: mean.squares[c.name].double().sum())) / (PROBES - 1)
         return Measured(variance, (spent[-1] - spent[0]) / (PROBES - 1))  # the first sample may have graphs to build
 
     def hutchinson(self) -> Measured:
@@ -120,7 +120,6 @@ def nystrom_leaves(ratio: float, products: int) -> float:
     return float(ratio ** (_PACE * math.sqrt(products / DIRECTIONS)))
 
 
-def spread(samples: Vectors) -> float:
+def spread(space: Space, samples: Vectors) -> float:
     """The variance of the samples, summed over the entries."""
-    squares = sum(float((x - x.mean(0)).double().square().sum()) for x in samples.values())
-    return squares / (vectors.count(samples) - 1)
+    return deviations(space, samples) / (vectors.count(samples) - 1)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hesscope.operators import Operator
 from hesscope.results.layer_rows import LAYER_SUMS
 from hesscope.results.statistics import RunningMean
-from hesscope.space import Vectors, vectors
+from hesscope.space import Space, Vectors, vectors
 
 
 class Samples:
     """What `Hutchinson` and `Drawn` keep: a few vectors, and two numbers a parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, space: Space) -> None:
+        self._space = space
         self.entries, self._sums = RunningMean(), RunningMean()
 
     @property
@@ -27,9 +28,10 @@ class Samples:
 
     def add(self, V: Vectors) -> None:
         """Take in every vector of V as one sample."""
+        sums = self._space.totals(lambda c: torch.stack([x.double().sum() for x in V[c.name]]))
         for k in range(vectors.count(V)):
             self.entries.add({name: part[k] for name, part in V.items()})
-            self._sums.add({name: part[k].double().sum().cpu() for name, part in V.items()})
+            self._sums.add({name: of[k] for name, of in sums.items()})
 
     def record(self) -> dict[str, dict[str, list[float]]]:
         """Every parameter's sum and its standard error, as JSON; nothing where one sample tells no error."""
@@ -43,10 +45,10 @@ class Samples:
         sums: dict[str, dict[str, Tensor]] = {"mean": self._sums.mean, "squares": self._sums.squares}
         return {"count": self.count, "mean": self.entries.mean, "squares": self.entries.squares, "sums": sums}
 
-    def restore(self, H: Operator, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Continue where a state was taken."""
         self.entries, self._sums = RunningMean(), RunningMean()
         if state["count"]:
-            place = H.space.place
+            place = self._space.place
             self.entries = RunningMean(state["count"], place(state["mean"]), place(state["squares"]))
             self._sums = RunningMean(state["count"], dict(state["sums"]["mean"]), dict(state["sums"]["squares"]))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hesscope.algorithms.budget import FEWEST_PROBES
-from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits
+from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits, relative_error
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes
 from hesscope.operators import Operator
@@ -44,7 +44,8 @@ class Scheduled(Estimator):
         self.advance()
         target = self._limits.target
         if target is not None and self.probes >= self._look_at:
-            self._error = self.estimate().relative_error
+            found = self.estimate()
+            self._error = relative_error(found.values, found.standard_error, self._H.space)
             # The error falls about as the inverse of the products, while the known part grows with them.
             growth = min(max(self._error / target, _LEAST), _MOST)
             self._look_at = math.ceil(self.probes * growth)
@@ -75,9 +76,8 @@ class Scheduled(Estimator):
 
 
 def vectors_that_fit(H: Operator) -> int:
-    """How many vectors the free memory holds."""
-    free = H.comm.on_first(lambda: available_bytes(H.space.device))
-    return int(free // (H.space.size * H.dtype.itemsize))
+    """How many vectors the free memory holds; of divided ones rank 0 has the largest part."""
+    return H.comm.on_first(lambda: int(available_bytes(H.space.device) // (H.space.own_size * H.dtype.itemsize)))
 
 
 def within_memory(H: Operator, method: str, limits: Limits, copies: int) -> Limits:

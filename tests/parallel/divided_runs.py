@@ -1,0 +1,117 @@
+"""Diagonals and groups on divided vectors: how much of a vector each rank has at once, and runs that stop and go on elsewhere."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+import hesscope as hs
+from architectures import ragged_batches, tiny
+from hesscope.algorithms.checkpoint import Checkpoint
+from hesscope.exchange import Exchange
+from hesscope.operators import Operator
+from hesscope.space import vectors
+
+Share = Callable[[hs.Problem], hs.Problem]
+
+#: Estimators of a diagonal that multiply vectors and nothing else; "auto" chooses among them.
+MULTIPLY = {"hutchinson": 6, "gaussian": 6, "deflated": 8, "xdiag": 8, "nystrom": 24, "auto": 24}
+#: Runs that stop in the product of that number.
+STOPPED: dict[str, tuple[int, Callable[[hs.Operator, Checkpoint | None], Any]]] = {
+    "hutchinson": (4, lambda H, kept: hs.diagonal(H, "hutchinson", 8, target_error=1e-9, checkpoint=kept)),
+    "nystrom": (3, lambda H, kept: hs.diagonal(H, "nystrom", 24, checkpoint=kept)),
+    "groups": (9, lambda H, kept: _groups(H, kept)),
+}
+
+
+def _groups(H: hs.Operator, kept: Checkpoint | None = None) -> Any:
+    return hs.groups(H, "kind", probes=2, steps=3, max_products=4, tol=1e9, checkpoint=kept)
+
+
+def _operator(share: Share) -> hs.Operator:
+    problem = share(hs.causal_lm(tiny("gpt2"), ragged_batches()))
+    return hs.hessian(problem, hs.select(problem, "transformer.h.1.*", "*ln_f*"), "streamed")
+
+
+def held_and_gathered(share: Share) -> dict[str, Any]:
+    """For every algorithm: the most numbers of a vector that an operator was given here, and those that were gathered in all."""
+    H = _operator(share)
+    found: dict[str, Any] = {"size": H.space.size, "own": sum(c.size for c in H.space.coordinates)}
+    H.matmat(H.space.rademacher(0, [0]))  # with the check before the first
+    for method, budget in MULTIPLY.items():
+        with _counted() as count:
+            hs.diagonal(H, method, budget)
+        found[method] = dict(count)
+    with _counted() as count:
+        _groups(H)
+    found["groups"] = dict(count)
+    with _counted() as count:
+        hs.verify(H.problem, H.space, "streamed")  # type: ignore[attr-defined]
+    return found | {"verify": dict(count)}
+
+
+@contextmanager
+def _counted() -> Iterator[dict[str, int]]:
+    count = {"held": 0, "gathered": 0}
+    gather, matmat = Exchange.gather_rows, Operator.matmat
+
+    def gathered(self: Any, own: Tensor, rows: int) -> Tensor:
+        whole = gather(self, own, rows)
+        count["gathered"] += whole.numel()
+        return whole
+
+    def given(self: Any, V: Any) -> Any:
+        count["held"] = max(count["held"], sum(part.numel() for part in V.values()) // vectors.count(V))
+        return matmat(self, V)
+
+    Exchange.gather_rows, Operator.matmat = gathered, given  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        Exchange.gather_rows, Operator.matmat = gather, matmat  # type: ignore[method-assign]
+
+
+def stopped(share: Share, folder: Path) -> None:
+    """Runs that the last rank interrupts."""
+    for name, (product, run) in STOPPED.items():
+        H = _operator(share)
+        with _interrupted(product):
+            try:
+                run(H, Checkpoint(folder / name, every=0))
+            except KeyboardInterrupt:
+                continue
+        raise AssertionError(f"{name} was not interrupted")
+
+
+def continued(share: Share, folder: Path | None) -> dict[str, dict[str, Tensor]]:
+    """What they give, from where they stopped, or as a whole without a folder."""
+    found = {}
+    for name, (_, run) in STOPPED.items():
+        result = run(_operator(share), None if folder is None else Checkpoint(folder / name, every=1e9))
+        assert result.provenance["resumed"] == (folder is not None)
+        found[name] = {key: x for key, x in result.tensors().items() if x.is_floating_point()}
+    return found
+
+
+@contextmanager
+def _interrupted(product: int) -> Iterator[None]:
+    made, matmat = [0], Operator.matmat
+    last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+    def counted(self: Any, V: Any) -> Any:
+        made[0] += 1
+        if made[0] == product and last:
+            signal.raise_signal(signal.SIGINT)
+        return matmat(self, V)
+
+    Operator.matmat = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Operator.matmat = matmat  # type: ignore[method-assign]
