@@ -178,7 +178,7 @@ class Basis:
         """Main memory is not taken before it is touched, so that a basis there hardly ever has to grow, which copies it."""
         if (self._home.device or self._space.device).type != "cpu":
             return _FIRST_ROWS
-        row = max(self._space.own_size * self._home.itemsize(self._space), 1)
+        row = max(self._space.size_on(self._home.device) * self._home.itemsize(self._space), 1)
         return max(_FIRST_ROWS, self._home.free_bytes(self._space) // 2 // row)
 
     def _grow(self, name: str) -> None:

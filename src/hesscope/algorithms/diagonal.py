@@ -64,8 +64,8 @@ def diagonal(
             with a low-rank approximation made of the other probes; "sampled", gradients at labels drawn from the model, for
             a GGN; "per-sequence", a probe of its own for every sequence in the same pass, for a Hessian; "control-variate",
             for a Hessian H with the Gauss-Newton matrix G, draws of diag(G) and a probe of H - G; or "auto": what a short
-            pilot finds best, and exact where that needs no more products than the budget or, with a target error, than
-            the estimate is seen to need.
+            pilot finds best (of "hutchinson" and "nystrom" where vectors are divided among processes), and exact where
+            that needs no more products than the budget or, with a target error, than the estimate is seen to need.
         budget: operator products at most; 100 by default, 10000 where a target error or a time decides when to stop.
         target_error: stop once the estimated |d_hat - d| / |d| over the whole selection is below; never before 30 probes.
         seed: of the random vectors; None draws one and records it.

@@ -157,7 +157,7 @@ def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> in
     n, least = H.space.size, min(k + 2, H.space.size)
     if max_basis is not None and max_basis < least:
         raise HesscopeError(f"Expected max_basis of at least {least} for {k} pairs, got {max_basis}.")
-    row = H.space.own_size * home.itemsize(H.space)
+    row = H.space.size_on(home.device) * home.itemsize(H.space)
     fits = H.comm.on_first(lambda: home.free_bytes(H.space) // (2 * row))  # of divided ones rank 0 has the most
     if fits < least:
         raise HesscopeError(

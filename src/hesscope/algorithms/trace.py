@@ -80,7 +80,7 @@ def trace(
 
 def _choice(H: Operator, budget: int) -> str:
     vectors_needed = 2 * min(budget, H.space.size)
-    needed = vectors_needed * H.space.own_size * H.dtype.itemsize
+    needed = vectors_needed * H.space.size_on() * H.dtype.itemsize
     fits = H.comm.on_first(lambda: needed < available_bytes(H.space.device) // 2)
     return "xnystrace" if H.positive_semidefinite and fits and budget >= 15 else "hutchinson"
 

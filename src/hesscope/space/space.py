@@ -5,6 +5,7 @@ Shape legend: n coordinates; K, L vectors; `V[name]` is [K, *shape of the select
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -68,6 +69,15 @@ class Space:
     def own_size(self) -> int:
         """How many of the coordinates are here."""
         return sum(c.size for c in self.coordinates)
+
+    def size_on(self, device: torch.device | None = None) -> int:
+        """Of a vector kept on a device, by default the parameters' own, how many numbers its memory has to hold.
+
+        A GPU has those of one rank, main memory and disks those of all ranks of the machine.
+        """
+        if self.divided is None or (device or self.device).type != "cpu":
+            return self.own_size
+        return self.own_size * int(os.environ.get("LOCAL_WORLD_SIZE", self.divided.exchange.size))
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -77,7 +77,7 @@ class Scheduled(Estimator):
 
 def vectors_that_fit(H: Operator) -> int:
     """How many vectors the free memory holds; of divided ones rank 0 has the largest part."""
-    return H.comm.on_first(lambda: int(available_bytes(H.space.device) // (H.space.own_size * H.dtype.itemsize)))
+    return H.comm.on_first(lambda: int(available_bytes(H.space.device) // (H.space.size_on() * H.dtype.itemsize)))
 
 
 def within_memory(H: Operator, method: str, limits: Limits, copies: int) -> Limits:
