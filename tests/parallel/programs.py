@@ -16,7 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from divided_runs import continued, held_and_gathered, stopped
-from shared_cases import ARCHITECTURES, DIVIDED, QUICK, cases, few_cases, grouped_cases, tensor_cases, whole_cases
+from shared_cases import (
+    ARCHITECTURES,
+    DIVIDED,
+    QUICK,
+    cases,
+    few_cases,
+    grouped_cases,
+    more_diagonals,
+    tensor_cases,
+    whole_cases,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -123,9 +133,9 @@ def divided_runs(folder: Path) -> dict[str, Any]:
     return found | {"from one": continued(fully_sharded, folder / "by-one")}
 
 
-def most_of_a_vector(folder: Path) -> dict[str, Any]:
-    """The first of these."""
-    return held_and_gathered(fully_sharded)
+def diagonals_divided(folder: Path) -> dict[str, Any]:
+    """The first of these, and every way to a diagonal."""
+    return {"most": held_and_gathered(fully_sharded), "numbers": dict(more_diagonals(fully_sharded))}
 
 
 def given_out(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from programs import (
     interrupted,
     sharded_commands,
 )
-from shared_cases import few_cases, tensor_cases
+from shared_cases import few_cases, more_diagonals, tensor_cases
 from test_data_parallel import Found, assert_same_result, differences
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -295,10 +295,11 @@ def test_every_architecture_on_four_ranks(tmp_path: Path, alone: None) -> None:
 
 @pytest.mark.slow
 def test_uneven_rows_on_three_ranks(tmp_path: Path) -> None:
-    expected = dict(few_cases(lambda problem: problem))
-    for found in run_ranks(3, tmp_path, "sharded", "most_of_a_vector"):
+    expected, more = (dict(cases(lambda problem: problem)) for cases in (few_cases, more_diagonals))
+    for found in run_ranks(3, tmp_path, "sharded", "diagonals_divided"):
         assert differences(found["sharded"], expected) == []
-        assert_little_of_a_vector(found["most_of_a_vector"])
+        assert differences(found["diagonals_divided"]["numbers"], more) == []
+        assert_little_of_a_vector(found["diagonals_divided"]["most"])
 
 
 @pytest.mark.slow
