@@ -128,9 +128,8 @@ def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def divided_runs(folder: Path) -> dict[str, Any]:
     """What a rank has of vectors at once; runs that stop here, and those that one process has begun."""
-    found = {"most": held_and_gathered(fully_sharded), "whole": continued(fully_sharded, None)}
     stopped(fully_sharded, folder / "by-two")
-    return found | {"from one": continued(fully_sharded, folder / "by-one")}
+    return {"most": held_and_gathered(fully_sharded), "from one": continued(fully_sharded, folder / "by-one")}
 
 
 def diagonals_divided(folder: Path) -> dict[str, Any]:
