@@ -160,6 +160,7 @@ def more_diagonals(share: Share) -> Iterator[Case]:
     yield "diagonal, auto", _diagonal(hs.hessian(problem, layers, "streamed"), "auto", 60)
     yield "diagonal to a target", _diagonal(H, "hutchinson", 60, target_error=0.6)
     yield "groups of a sum", _groups(H.shifted(2.0), "layer")
+    yield "groups of what has no form of its own for a part", _groups(H.sampled(2, seed=0, draw=0), "kind")
 
 
 def _groups(A: hs.Operator, by: str) -> dict[str, Tensor]:

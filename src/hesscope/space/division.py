@@ -135,14 +135,10 @@ class Division:
         return [self.state_own(value) for value in state] if isinstance(state, list) else state
 
     def _leading(self, state: Any, whole: bool) -> int | None:
-        """1 for vectors, 0 for one vector in the parameters' own shapes, over all of the space or a part of it; None for another state."""
-        if (
-            not isinstance(state, dict)
-            or not state.keys() & self.rows.keys()
-            or not state.keys() <= self._shapes[True].keys()
-        ):
+        """Axes before the parameters' own: 1 of vectors, 0 of a single one, of all parameters or some; None for another state."""
+        if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
             return None
-        if not all(isinstance(part, Tensor) for part in state.values()):
+        if not state.keys() & self.rows.keys() or not state.keys() <= self._shapes[whole].keys():
             return None
         shapes = {name: tuple(part.shape) for name, part in state.items()}
         expected = {name: self._shapes[whole][name] for name in state}
