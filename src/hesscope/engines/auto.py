@@ -46,6 +46,11 @@ class Auto(Engine):
         self.note = f"{self._engine.name}: not measured, the run is short"
         self._copy_units()
 
+    def for_part(self) -> Engine:
+        other = copy(self)
+        other._engine = self._engine.for_part()
+        return other
+
     @property
     def chosen(self) -> str:
         """The name of the engine that runs."""
@@ -68,11 +73,6 @@ class Auto(Engine):
         self._engine, self._measured, self._settled = engine, True, True
         self.note = f"{engine.name}: {reason}"
         self._copy_units()
-
-    def for_part(self) -> Engine:
-        other = copy(self)
-        other._engine = self._engine.for_part()
-        return other
 
     def prepare(self, problem: Problem, space: Space) -> float:
         return self._engine.prepare(problem, space) if self._settled else 0.0
