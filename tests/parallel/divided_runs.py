@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,19 @@ from hesscope.space import vectors
 Share = Callable[[hs.Problem], hs.Problem]
 
 #: Estimators of a diagonal that multiply vectors and nothing else; "auto" chooses among them.
-MULTIPLY = {"hutchinson": 6, "gaussian": 6, "deflated": 8, "xdiag": 8, "nystrom": 16, "auto": 16}
+MULTIPLY = {"hutchinson": 4, "nystrom": 12, "gaussian": 4, "deflated": 8, "xdiag": 8, "auto": 16}
+#: How many of them the quick tests take.
+FEW = 2
 #: Runs that stop in the product of that number.
 STOPPED: dict[str, tuple[int, Callable[[hs.Operator, Checkpoint | None], Any]]] = {
     "hutchinson": (4, lambda H, kept: hs.diagonal(H, "hutchinson", 8, target_error=1e-9, checkpoint=kept)),
-    "nystrom": (2, lambda H, kept: hs.diagonal(H, "nystrom", 16, checkpoint=kept)),
-    "groups": (9, lambda H, kept: _groups(H, kept)),
+    "nystrom": (2, lambda H, kept: hs.diagonal(H, "nystrom", 14, checkpoint=kept)),
+    "groups": (7, lambda H, kept: _groups(H, kept)),
 }
 
 
 def _groups(H: hs.Operator, kept: Checkpoint | None = None) -> Any:
-    return hs.groups(H, "kind", probes=2, steps=3, max_products=4, tol=1e9, checkpoint=kept)
+    return hs.groups(H, "kind", probes=2, steps=2, max_products=2, tol=1e9, checkpoint=kept)
 
 
 def _operator(share: Share) -> hs.Operator:
@@ -39,14 +41,14 @@ def _operator(share: Share) -> hs.Operator:
     return hs.hessian(problem, hs.select(problem, "transformer.h.1.mlp.c_fc.*", "*ln_f*"), "streamed")
 
 
-def held_and_gathered(share: Share) -> dict[str, Any]:
+def held_and_gathered(share: Share, methods: Sequence[str]) -> dict[str, Any]:
     """For every algorithm: the most numbers of a vector that an operator was given here, and those that were gathered in all."""
     H = _operator(share)
     found: dict[str, Any] = {"size": H.space.size, "own": sum(c.size for c in H.space.coordinates)}
     H.matmat(H.space.rademacher(0, [0]))  # with the check before the first
-    for method, budget in MULTIPLY.items():
+    for method in methods:
         with _counted() as count:
-            hs.diagonal(H, method, budget)
+            hs.diagonal(H, method, MULTIPLY[method])
         found[method] = dict(count)
     with _counted() as count:
         _groups(H)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from divided_runs import continued, held_and_gathered, stopped
+from divided_runs import FEW, MULTIPLY, continued, held_and_gathered, stopped
 from shared_cases import (
     ARCHITECTURES,
     DIVIDED,
@@ -129,12 +129,15 @@ def sharded(folder: Path) -> dict[str, dict[str, Tensor]]:
 def divided_runs(folder: Path) -> dict[str, Any]:
     """What a rank has of vectors at once; runs that stop here, and those that one process has begun."""
     stopped(fully_sharded, folder / "by-two")
-    return {"most": held_and_gathered(fully_sharded), "from one": continued(fully_sharded, folder / "by-one")}
+    return {
+        "most": held_and_gathered(fully_sharded, list(MULTIPLY)[:FEW]),
+        "from one": continued(fully_sharded, folder / "by-one"),
+    }
 
 
 def diagonals_divided(folder: Path) -> dict[str, Any]:
     """The first of these, and every way to a diagonal."""
-    return {"most": held_and_gathered(fully_sharded), "numbers": dict(more_diagonals(fully_sharded))}
+    return {"most": held_and_gathered(fully_sharded, list(MULTIPLY)), "numbers": dict(more_diagonals(fully_sharded))}
 
 
 def given_out(folder: Path) -> dict[str, Any]:
