@@ -249,7 +249,7 @@ def assert_alike(found: Any, expected: Any, where: str) -> None:
     assert type(found) is type(expected), where
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype, where
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max()), msg=where)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10 * float(expected.double().norm()), msg=where)
     elif isinstance(expected, dict):
         assert list(found) == list(expected), where
         for key, value in expected.items():
