@@ -4,7 +4,8 @@
 
 A Llama of 29.5 million weights (width 512, 8 blocks, tied), 4 sequences of 64 tokens, all weights, float32, Lanczos with its basis.
 Every rank is a fresh process with one thread. Memory is resident memory above what it was before the model: held at rest, with
-the basis, and the peak of the run; loading is the peak until the weights are divided, on rank 0, which alone makes the whole
+the basis, and the peak of the run; then the peaks while its checkpoint is written, and while the basis, taken up from there, is
+saved as a result, on rank 0, which writes, and on the others; loading is the peak until the weights are divided, on rank 0, which alone makes the whole
 model, and on the other ranks. Bytes are those that a rank sends in gathers and sums, counted at each, and over the network interface
 `lo` (Linux) of all ranks together; the least is, with R ranks and b sequences a rank at most,
 
@@ -17,19 +18,25 @@ vectors that each rank has whole: held is what there is between two probes, weig
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from measuring import peak_bytes, reset_peak, write_record
 
 SEQUENCES, LENGTH = 4, 64
+#: What is done with files.
+FILES = ("written", "saved")
 
 
 def main() -> None:
@@ -37,10 +44,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--diagonal", action="store_true")
-    parser.add_argument("--side", choices=("lanczos", "divided", "whole"))
+    parser.add_argument("--side", choices=("lanczos", "divided", "whole"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        found = side(given.steps) if given.side == "lanczos" else diagonal_side(given.steps, given.side == "whole")
+        lanczos = given.side == "lanczos"
+        found = side(given.steps, given.folder) if lanczos else diagonal_side(given.steps, given.side == "whole")
         print(json.dumps(found))
         return
     if given.diagonal:
@@ -57,6 +66,8 @@ def main() -> None:
             f"{ranks:5}  {found['loading'] / 1e9:18.3f}  {found['loading others'] / 1e9:6.3f}  {found['sharded'] / 1e9:10.3f}  {found['held'] / 1e9:7.3f}  {found['peak'] / 1e9:7.3f}  "
             f"{found['seconds']:14.2f}  {found['moved'] / 1e6:17.1f}  {moved[0]:12.3f}  {moved[1]:25.3f}"
         )
+        kept = (f"{what} {found[what] / 1e9:.3f}, {found[f'{what} others'] / 1e9:.3f}" for what in FILES)
+        print(f"       peak GB, rank 0 and others: {'; '.join(kept)}")
     print(f"written to {write_record('sharded', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
 
 
@@ -80,23 +91,21 @@ def together(ranks: int, steps: int, kind: str) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, __file__, "--side", kind, "--steps", str(steps)]
-    started = [
-        subprocess.Popen(
-            command, env=common | {"RANK": str(r), "WORLD_SIZE": str(ranks)}, stdout=subprocess.PIPE, text=True
-        )
-        for r in range(ranks)
-    ]
-    outputs = [process.communicate()[0] for process in started]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--side", kind, "--steps", str(steps), "--folder", folder]
+        started = [
+            subprocess.Popen(
+                command, env=common | {"RANK": str(r), "WORLD_SIZE": str(ranks)}, stdout=subprocess.PIPE, text=True
+            )
+            for r in range(ranks)
+        ]
+        outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit(f"{ranks} ranks failed")
     found = [json.loads(output.strip().splitlines()[-1]) for output in outputs]
     result: dict[str, Any] = found[0] | {key: max(f[key] for f in found) for key in ("held", "peak", "moved")}
-    return (
-        result | {"loading others": max((f["loading"] for f in found[1:]), default=0)}
-        if "loading" in result
-        else result
-    )
+    rest = [key for key in ("loading", *FILES) if key in result]
+    return result | {f"{key} others": max((f[key] for f in found[1:]), default=0) for key in rest}
 
 
 def divided_problem() -> tuple[Any, int, int]:
@@ -161,13 +170,18 @@ def diagonal_side(steps: int, whole: bool) -> dict[str, Any]:
     }
 
 
-def side(steps: int) -> dict[str, Any]:
+def side(steps: int, folder: Path) -> dict[str, Any]:
     """One rank."""
     H, before, loading = divided_problem()
+    import torch
     import torch.distributed as dist
 
+    from hesscope.algorithms.checkpoint import Checkpoint
+    from hesscope.algorithms.driver import drive
     from hesscope.algorithms.krylov import Krylov
+    from hesscope.algorithms.lanczos import LanczosIteration
     from hesscope.models import sharded
+    from hesscope.results import LanczosRun
 
     problem, n = H.problem, H.space.size
     blocks = sum(c.whole.size for c in H.space.coordinates if ".layers." in c.name)
@@ -186,17 +200,38 @@ def side(steps: int) -> dict[str, Any]:
     held = reset_peak() - before
     ranks, rounds = problem.comm.ranks, -(-SEQUENCES // problem.comm.ranks)
     problem.comm.any(False)
-    return {
+    moved, ritz = store.exchange.moved_bytes - moved, run.ritz()[0]
+
+    def peak_of(work: Callable[[], Any]) -> int:
+        reset_peak()
+        work()
+        reached = peak_bytes() - before
+        problem.comm.any(False)
+        return reached
+
+    kept = Checkpoint(folder / "kept", keep_finished=True)
+    files = {"written": peak_of(partial(drive, H, LanczosIteration(run, steps, "lanczos"), {}, kept))}
+    del run
+    gc.collect()
+    again = Krylov(H, H.space.gaussian(0, ["start"]), 0, restart=False, capacity=steps)
+    spent = drive(H, LanczosIteration(again, steps, "lanczos"), {}, Checkpoint(folder / "kept"))
+    assert spent["provenance"]["resumed"] == 1
+    nodes, weights = again.quadrature()
+    result = LanczosRun(**spent, T=again.T, nodes=nodes, weights=weights, residual_norm=again.residual_norm,
+                        basis_vectors=H.space.kept(again.basis, gather=False), seed=0)  # fmt: skip
+    files["saved"] = peak_of(partial(result.save, folder / "saved"))
+    assert torch.equal(nodes, ritz)
+    return files | {
         "coordinates": n,
         "sharded": 4 * (n + steps * n) / ranks,  # weights and basis
         "loading": loading,
         "held": held,
         "peak": peak,
         "seconds": lasted / (steps - 1),
-        "moved": (store.exchange.moved_bytes - moved) / (steps - 1),
+        "moved": moved / (steps - 1),
         "wire": wired / (steps - 1) / ranks,
         "least": 4 * (ranks - 1) / ranks * (rounds * 5 * blocks + 3 * (n - blocks)),
-        "ritz": run.ritz()[0].tolist(),
+        "ritz": ritz.tolist(),
     }
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "hesscope"
 
 #: From the bottom up; names on one line may import each other.
 LAYERS = [
-    {"errors", "arithmetic", "communicator", "digest", "exchange", "memory", "resting"},
+    {"errors", "arithmetic", "communicator", "digest", "exchange", "memory", "resting", "tensor_file"},
     {"space"},
     {"models", "losses", "assets"},
     {"data"},

@@ -66,6 +66,10 @@ class Communicator(ABC):
         return self.on(0, find)
 
     @abstractmethod
+    def give(self, tensor: Tensor) -> None:
+        """Rank 0's numbers on every rank, in a tensor that all have on the CPU; the ranks have just met before."""
+
+    @abstractmethod
     def gathered(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
 
@@ -102,6 +106,9 @@ class Alone(Communicator):
 
     def on(self, rank: int, find: Callable[[], T]) -> T:
         return find()
+
+    def give(self, tensor: Tensor) -> None:
+        return None
 
     def gathered(self, value: T) -> list[T]:
         return [value]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,7 @@ class Exchange:
     Attributes:
         wait: how to wait for a collective.
         replicas: where the rows are held several times, the group of those that hold the same; else None.
+        root: which of them collects what goes to a file; None where another group's does, and nothing is collected here.
         layout: what divides the weights, for the record of a result.
         failed: what to raise, in place of an exception, where the others are left in the middle of a round.
         moved_bytes: what this process has received in gathers and sent in sums so far, at the least that either takes.
@@ -121,6 +123,7 @@ class Exchange:
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self._tables: dict[int, Table] = {}
         self._made = 0
+        self.root: int | None = 0
         self.layout: dict[str, Any] = {"layout": "fully sharded"}
         self.wait: Callable[[Any], object] = lambda work: work.wait()
         self.failed: Callable[[Exception], BaseException] = lambda error: error
@@ -133,6 +136,12 @@ class Exchange:
             return found
         hybrid = {"layout": "hybrid sharded"} if found["layout"] == "fully sharded" else {}
         return found | hybrid | {"replicas": dist.get_world_size(self.replicas)}
+
+    def bare(self) -> Exchange:
+        """The same processes, without their tables."""
+        found = copy(self)
+        found._tables = {}
+        return found
 
     def register(self, table: Table) -> int:
         """A number for a table, until it is released."""
@@ -159,6 +168,27 @@ class Exchange:
         (whole,) = self.gather(number, [0])
         self.release(number)
         return whole
+
+    @property
+    def collects(self) -> bool:
+        """Whether it is this process that collects."""
+        return self.rank == self.root
+
+    def collect(self, own: Tensor, rows: int) -> Tensor | None:
+        """All rows of one tensor on the process that collects, None on others; all processes call it, in step."""
+        if self.root is None or self.size == 1:
+            return own if self.collects else None
+        form = ByRows(rows)
+        mine = form.sent(own.to(self._device), self.size)
+        found = mine.new_empty(self.size, len(mine)) if self.collects else None
+        if mine.numel():
+            into = None if found is None else [part.view(torch.uint8) for part in found]
+            work = dist.gather(mine.view(torch.uint8), into, group=self.group, group_dst=self.root, async_op=True)
+            self.wait(work)
+        if found is None:
+            return None
+        self.moved_bytes += found.nbytes - mine.nbytes
+        return form.whole(found, own, self.size)
 
     def add(self, number: int, wholes: Mapping[int, Tensor]) -> None:
         """Add to the rows that each process holds of some parts, which are divided by rows."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
+from hesscope import exchange
+from hesscope.algorithms import driver
+from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.krylov import Krylov
 from hesscope.cli.main import run
 from hesscope.engines import make_engine
@@ -44,6 +49,7 @@ from hesscope.models import is_sharded
 from hesscope.operators import room
 from hesscope.parallel.ranks import Ranks
 from hesscope.space import vectors
+from hesscope.tensor_file import Outgoing
 from oracles import relative
 
 TIMEOUT = 4.0
@@ -303,14 +309,14 @@ def sharded_facts(folder: Path) -> dict[str, Any]:
     }
     problem = hs.data_parallel(plain.related())
     space = hs.select(problem)
-    exchange = next(c.rows.exchange for c in space.coordinates if c.rows is not None)
+    shards = next(c.rows.exchange for c in space.coordinates if c.rows is not None)
     H = hs.hessian(problem, space)
     v = space.gaussian(0, [0])
     H.matmat(v)  # with the check before the first
-    before, rounds = exchange.moved_bytes, exchange.rounds
+    before, rounds = shards.moved_bytes, shards.rounds
     H.matmat(v)
     found["numbers"] = sum(part.numel() for part in v.values())
-    found["moved"], found["rounds"] = exchange.moved_bytes - before, exchange.rounds - rounds
+    found["moved"], found["rounds"] = shards.moved_bytes - before, shards.rounds - rounds
     parameters = dict(plain.model.named_parameters())
     given = {name: parameters[name].detach() + 1.0 for name in space.names}
     product = H @ given
@@ -326,6 +332,106 @@ def sharded_facts(folder: Path) -> dict[str, Any]:
     found["bad"] = _complaint(lambda: bad.matmat(v))
     found["after"] = _complaint(lambda: hs.trace(H, "hutchinson", budget=2))
     return found
+
+
+def in_pieces(folder: Path) -> dict[str, Any]:
+    """A Lanczos run with its basis, kept, stopped, continued and saved: bytes that this rank received at once, and its own rows.
+
+    Rank 0's first checkpoint finds a full disk.
+    """
+    problem = fully_sharded(_problem())
+    H = hs.hessian(problem)
+
+    def run() -> hs.LanczosRun:
+        kept = Checkpoint(folder / "pieces.partial", every=0.0)
+        return hs.lanczos(H, 6, keep_basis=True, gather=False, checkpoint=kept)
+
+    last = dist.get_rank() == 1
+    found: dict[str, Any] = {"stopped": False}
+    most = _MostReceived()
+    with most.counting(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with _at_step(5, lambda: signal.raise_signal(signal.SIGINT) if last else None), _full_once():
+            try:
+                run()
+            except KeyboardInterrupt:
+                found["stopped"] = True
+        result = run()
+        most.phase = "saving"
+        result.save(folder / "pieces", also_pt=True)
+    found["said"] = [str(w.message) for w in caught if w.category is hs.HesscopeWarning]
+    found["whole"] = _complaint(lambda: result.basis)
+    found |= {"most": most.most, "resumed": result.provenance["resumed"]}
+    pairs = hs.eigs(H, k=2, max_products=6, tol=1e9, gather=False)
+    found["own"] = {name: part.own for name, part in pairs.vectors.items()}  # type: ignore[union-attr]
+    found["started"] = hs.eigs(H, k=2, max_products=6, tol=1e9, start=pairs).eigenvectors
+    return found
+
+
+class _MostReceived:
+    """Bytes of the largest gather or broadcast that this rank received, by phase."""
+
+    def __init__(self) -> None:
+        self.phase, self.most = "running", dict[str, int]()
+
+    def note(self, tensors: Sequence[Tensor] | None) -> None:
+        self.most[self.phase] = max(self.most.get(self.phase, 0), sum(x.nbytes for x in tensors or ()))
+
+    def around(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any, **options: Any) -> Any:
+            before, self.phase = self.phase, phase
+            try:
+                return work(*args, **options)
+            finally:
+                self.phase = before
+
+        return inside
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        def gather(x: Tensor, into: list[Tensor] | None = None, **options: Any) -> Any:
+            self.note(into)
+            return real[0](x, into, **options)
+
+        def broadcast(x: Tensor, **options: Any) -> Any:
+            self.note([x])
+            return real[1](x, **options)
+
+        def all_gather(into: Tensor, x: Tensor, **options: Any) -> Any:
+            self.note([into])
+            return real[2](into, x, **options)
+
+        places: Any = [(dist, "gather"), (dist, "broadcast"), (exchange, "_all_gather")]
+        real = [getattr(*place) for place in places]
+        wrapped = [gather, broadcast, all_gather]
+        places += [(driver, "_write"), (driver, "_found")]
+        real += [driver._write, driver._found]
+        wrapped += [self.around("writing", driver._write), self.around("resuming", driver._found)]
+        for (module, name), work in zip(places, wrapped, strict=True):
+            setattr(module, name, work)
+        try:
+            yield
+        finally:
+            for (module, name), work in zip(places, real, strict=True):
+                setattr(module, name, work)
+
+
+@contextmanager
+def _full_once() -> Iterator[None]:
+    """The first file of rank 0 does not fit on its disk."""
+    real, made = Outgoing.write, [0]
+
+    def write(self: Any, *args: Any) -> Any:
+        made[0] += 1
+        if made[0] == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *args)
+
+    Outgoing.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Outgoing.write = real  # type: ignore[method-assign]
 
 
 def _complaint(run: Callable[[], Any]) -> str:
@@ -520,6 +626,11 @@ def interrupted(folder: Path, name: str = "to-one", *more: str) -> tuple[int, st
 def sharded_interrupted(folder: Path) -> tuple[int, str]:
     """The same with weights that are divided."""
     return interrupted(folder, "sharded-to-one", *STREAMED, "--layout", "fsdp")
+
+
+def sharded_continued(folder: Path) -> tuple[int, str]:
+    """A run of two such ranks goes on with as many as there are."""
+    return _run([*DENSITY, *STREAMED, "--layout", "fsdp", "--output-dir", str(folder / "sharded-to-three")])
 
 
 def vanished(folder: Path) -> tuple[int, str]:

@@ -33,13 +33,21 @@ from torch.distributed.tensor import DTensor, Partial
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.algorithms import state_file
-from hesscope.algorithms.checkpoint import STATE
+from hesscope.algorithms.checkpoint import STATE, Checkpoint
 from hesscope.cli.main import run
 from hesscope.exchange import Boxes, ByRows, Exchange, Table, _code, _decoded
 from hesscope.models import sharded
 from oracles import relative
 
-PROGRAMS = ("sharded", "sharded_facts", "sharded_commands", "sharded_interrupted", "divided_runs", "given_out")
+PROGRAMS = (
+    "sharded",
+    "sharded_facts",
+    "sharded_commands",
+    "sharded_interrupted",
+    "divided_runs",
+    "given_out",
+    "in_pieces",
+)
 #: Where the streamed engine, which divided weights choose, leads to another way or to other costs than double backward.
 OTHER_WAYS = ("block, positions: products", "diagonal, auto", ": units")
 #: Cases of models without casts to float32.
@@ -276,6 +284,71 @@ def test_they_go_on_with_another_number_of_ranks(two: list[dict[str, Any]], fold
     to_one = continued(lambda problem: problem, tmp_path / "by-two")
     for found in (to_one, *(rank["divided_runs"]["from one"] for rank in two)):
         assert differences(found, expected) == []
+
+
+def test_rank_0_has_one_vectors_largest_part_at_most_while_files_are_written_and_read(
+    two: list[dict[str, Any]],
+) -> None:
+    """Gathered to write, with its padding to even shares, and given out to resume; the others receive nothing of what is written."""
+    part = max((p.numel() + p.numel() // len(p)) * p.itemsize for p in tiny("gpt2").parameters())
+    first, other = (rank["in_pieces"]["most"] for rank in two)
+    for phase in ("writing", "saving"):
+        assert part // 2 < first[phase] <= part
+        assert other.get(phase, 0) == 0
+    assert part // 2 < first["resuming"] == other["resuming"] <= part
+
+
+def test_what_is_kept_and_saved_in_pieces_is_whole(two: list[dict[str, Any]], folder: Path) -> None:
+    model = tiny("gpt2")
+    H = hs.hessian(hs.causal_lm(model, ragged_batches()))
+    expected, saved = hs.lanczos(H, 6, keep_basis=True), hs.load(folder / "pieces")
+    assert relative(saved.basis, expected.basis) < 1e-8
+    assert relative(saved.T, expected.T) < 1e-10
+    assert torch.equal(torch.load(folder / "pieces" / "result.pt")["T"], saved.T)
+    assert [rank["in_pieces"]["resumed"] for rank in two] == [1, 1]
+    assert all(rank["in_pieces"]["stopped"] for rank in two)
+    pairs = hs.eigs(H, k=2, max_products=6, tol=1e9)
+    again = hs.eigs(H, k=2, max_products=6, tol=1e9, start=pairs)
+    for rank in two:
+        assert relative(rank["in_pieces"]["started"].abs(), again.eigenvectors.abs()) < 1e-8
+        assert "each process has its rows of transformer.wte.weight" in rank["in_pieces"]["whole"]
+    for name, part in pairs.vectors.items():
+        own = torch.cat([rank["in_pieces"]["own"][name] for rank in two], 1)
+        assert relative(own.abs(), part.abs()) < 1e-8
+
+
+def test_a_full_disk_of_rank_0_leaves_the_ranks_in_step(two: list[dict[str, Any]]) -> None:
+    first, other = (rank["in_pieces"]["said"] for rank in two)
+    assert [sentence.partition(" (")[0].startswith("No checkpoint could be written") for sentence in first] == [True]
+    assert other == []
+
+
+def test_a_damaged_checkpoint_of_divided_vectors_is_refused(tmp_path: Path, alone: None) -> None:
+    H = hs.hessian(fully_sharded(hs.causal_lm(tiny("gpt2"), ragged_batches())))
+    kept = Checkpoint(tmp_path / "kept", every=0.0, keep_finished=True)
+    whole = hs.lanczos(H, 2, checkpoint=kept)
+    assert torch.equal(hs.lanczos(H, 2, checkpoint=kept).T, whole.T)
+    raw = bytearray((tmp_path / "kept" / STATE).read_bytes())
+    raw[-9] ^= 1
+    (tmp_path / "kept" / STATE).write_bytes(raw)
+    with pytest.raises(hs.HesscopeError, match="is damaged: the bytes of state"):
+        hs.lanczos(H, 2, checkpoint=kept)
+
+
+@pytest.mark.slow
+def test_a_run_with_weights_divided_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, "sharded_interrupted")
+    partial = tmp_path / "sharded-to-one.partial"
+    shutil.copytree(partial, tmp_path / "sharded-to-three.partial")
+    assert [rank["sharded_continued"][0] for rank in run_ranks(3, tmp_path, "sharded_continued")] == [0, 0, 0]
+    assert _run([*DENSITY, *STREAMED, "--output-dir", str(tmp_path / "sharded-to-one")])[0] == 0
+    assert _run([*DENSITY, *STREAMED, "--output-dir", str(tmp_path / "whole")])[0] == 0
+    whole = hs.load(tmp_path / "whole")
+    for name in ("sharded-to-three", "sharded-to-one"):
+        found = hs.load(tmp_path / name)
+        assert (found.provenance["resumed"], found.products) == (1, whole.products)
+        for key, tensor in whole.tensors().items():
+            torch.testing.assert_close(found.tensors()[key], tensor, rtol=1e-8, atol=1e-9 * float(tensor.abs().max()))
 
 
 def test_a_layout_needs_ranks(capfd: pytest.CaptureFixture[str]) -> None:

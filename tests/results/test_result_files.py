@@ -205,7 +205,7 @@ def test_an_exception_while_writing_leaves_nothing(
     target = {
         "manifest": "hesscope.results.base.jsonable",
         "pt": "torch.save",
-        "tensors": "safetensors.torch.save_file",
+        "tensors": "hesscope.tensor_file.Outgoing.write",
     }[broken]
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from hesscope.algorithms import state_file
 from hesscope.space import Coordinates, Rows, Space
 
 
 class _Four:
     """The first of four processes, all of which hold the same numbers."""
 
-    size = 4
+    size, collects = 4, True
 
     def gather_rows(self, own: Tensor, rows: int) -> Tensor:
         return own.repeat(4, *[1] * (own.dim() - 1))[:rows]
+
+    collect = gather_rows
 
     def total(self, x: Tensor) -> Tensor:
         return 4 * x
@@ -33,7 +37,9 @@ def space() -> Space:
     return Space([Coordinates(name, shape, torch.float64, cpu, rows=own) for name, (shape, own) in shapes.items()])
 
 
-def test_vectors_and_single_ones_of_all_or_some_parameters_are_gathered_and_nothing_else_is(space: Space) -> None:
+def test_vectors_and_single_ones_of_all_or_some_parameters_are_whole_in_a_file_and_nothing_else_changes(
+    space: Space, tmp_path: Path
+) -> None:
     assert space.divided is not None
     V = space.rademacher(0, range(3))
     one = {name: part[0] for name, part in V.items()}
@@ -46,13 +52,19 @@ def test_vectors_and_single_ones_of_all_or_some_parameters_are_gathered_and_noth
         "T": torch.zeros(2, 3),
         "count": 3,
     }
-    whole = space.divided.state_gathered(state, keep=True)
+    state_file.write(tmp_path / "state", space.divided.state_kept(state))
+    whole = state_file.read(tmp_path / "state")
     assert {name: tuple(x.shape) for name, x in whole["several"].items()} == {"w": (3, 8, 3), "b": (3, 8), "s": (3,)}
     assert {name: tuple(x.shape) for name, x in whole["none"].items()} == {"w": (0, 8, 3), "b": (0, 8), "s": (0,)}
     assert {name: tuple(x.shape) for name, x in whole["one"].items()} == {"w": (8, 3), "b": (8,), "s": ()}
     assert [tuple(x["b"].shape) for x in whole["of a group"]] == [(3, 8), (8,)]
     assert (whole["sums"], whole["T"].shape, whole["count"]) == (state["sums"], (2, 3), 3)
-    again = space.divided.state_own(whole)
+    stored = state_file.Stored(tmp_path / "state")
+    again = space.divided.state_taken(
+        stored.outline, lambda x, count: stored.read(x, torch.empty(count, dtype=x.dtype))
+    )
+    stored.finish()
+    assert (again["sums"], again["count"]) == (state["sums"], 3)
     for name, part in V.items():
         assert torch.equal(again["several"][name], part)
         assert torch.equal(again["one"][name], one[name])

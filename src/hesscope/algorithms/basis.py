@@ -159,13 +159,14 @@ class Basis:
         self.m = p
 
     def restore(self, rows: Vectors) -> None:
-        """Take these vectors, such as those of a checkpoint."""
+        """Take these vectors, such as those of a checkpoint, out of `rows`, which is empty then."""
         self.m = vectors.count(rows)
         for c in self._space.coordinates:
+            part = rows.pop(c.name)
             if self._home.folder is None:
-                self._rows[c.name] = rows[c.name].to(self._home.device or c.device)
+                self._rows[c.name] = part.to(self._home.device or c.device)
             else:
-                self._rows[c.name][: self.m] = rows[c.name]
+                self._rows[c.name][: self.m] = part
 
     def _widened(self, a: int, b: int) -> Vectors:
         """Vectors a..b in the space's dtype, where they are kept."""

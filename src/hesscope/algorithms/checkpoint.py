@@ -103,8 +103,8 @@ class Checkpoint:
                 if not (self.folder / STATE).exists():
                     _tidy(self.folder)
 
-    def begin(self, identity: dict[str, str]) -> dict[str, Any] | None:
-        """What was kept of this very run, or None.
+    def begin(self, identity: dict[str, str], read: Callable[[Path], Any] = state_file.read) -> Any:
+        """What was kept of this very run, as `read` reads the file, or None.
 
         Raises HesscopeError where another run's state, or one that cannot be read, is in the folder.
         """
@@ -121,9 +121,14 @@ class Checkpoint:
             raise HesscopeError(
                 f"The checkpoint in {str(self.folder)!r} is of another run: {'; '.join(changed)}. {_ADVICE}"
             )
-        saved: dict[str, Any] = self._readable(state_file.read, path)
+        saved = self._readable(read, path)
         self._since = time.monotonic()
         return saved
+
+    def checked(self, file: state_file.Stored) -> None:
+        """Raise HesscopeError where a file that has been read, piece by piece, proves damaged."""
+        self._readable(lambda _: file.finish(), self.folder / STATE)
+        self._since = time.monotonic()
 
     def is_due(self, last: bool = False) -> bool:
         """Whether it is time to write; with `last`, before the run stops, whether there is work that is worth keeping."""

@@ -11,11 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from hesscope.algorithms import state_file
 from hesscope.algorithms.checkpoint import Checkpoint, opened, postponed_interrupts
 from hesscope.algorithms.identity import identity
 from hesscope.algorithms.probing import probe
 from hesscope.algorithms.progress import duration, progress
+from hesscope.algorithms.state_file import Stored
 from hesscope.operators import Operator
+from hesscope.space.divided import Outline
 
 #: A run of at least so many products is preceded by a probe of the operator.
 LONG_RUN = 100
@@ -88,14 +94,15 @@ def _hold(stack: ExitStack, kept: Checkpoint) -> None:
 def _drive(H: Operator, iteration: Iteration, options: dict[str, Any], kept: Checkpoint | None) -> dict[str, Any]:
     cost = _Cost(H)
     named = None if kept is None else identity(H, iteration.description, options, versions())
-    saved = None if kept is None or named is None else H.comm.on_first(lambda: kept.begin(named))
+    saved = None if kept is None or named is None else _found(H, kept, named)
     cost.products_before = H.products  # one product may have gone into the identity
     report: dict[str, float] | None = None
     resumed = 0
     if saved is not None:
-        iteration.restore(saved["state"] if H.space.divided is None else H.space.divided.state_own(saved["state"]))
+        iteration.restore(saved["state"])
         cost.continue_from(saved["cost"])
         report, resumed = saved["probe"], saved["resumed"] + 1
+        del saved  # what was read is not to be held through the run
         if H.comm.rank == 0:
             _say_resumed(kept, iteration, cost)
     elif iteration.expected >= LONG_RUN:
@@ -108,7 +115,7 @@ def _drive(H: Operator, iteration: Iteration, options: dict[str, Any], kept: Che
     def snapshot() -> dict[str, Any]:
         state = iteration.state()
         if H.space.divided is not None:
-            state = H.space.divided.state_gathered(state, keep=H.comm.rank == 0)
+            state = H.space.divided.state_kept(state)
         return {"state": state, "cost": cost.now(), "probe": report, "resumed": resumed}
 
     _step_until_done(H, iteration, cost, kept, snapshot)
@@ -134,12 +141,41 @@ def _step_until_done(
                 raise KeyboardInterrupt
 
 
+def _found(H: Operator, kept: Checkpoint, named: dict[str, str]) -> dict[str, Any] | None:
+    """What was kept of this run, or None. Of vectors that are divided each rank keeps its rows while rank 0 reads the file."""
+    if H.space.divided is None:
+        whole: dict[str, Any] | None = H.comm.on_first(lambda: kept.begin(named))
+        return whole
+    files: list[Stored] = []
+    outline = H.comm.on_first(lambda: kept.begin(named, lambda path: _opened(path, files)))
+    if outline is None:
+        return None
+
+    def take(x: Outline, count: int) -> Tensor:
+        piece = torch.zeros(count, dtype=x.dtype)
+        for file in files:
+            file.read(x, piece)
+        H.comm.give(piece)
+        return piece
+
+    saved: dict[str, Any] = H.space.divided.state_taken(outline, take)
+    H.comm.on_first(lambda: kept.checked(files[0]))
+    return saved
+
+
+def _opened(path: Path, files: list[Stored]) -> Any:
+    files.append(Stored(path))
+    return files[0].outline
+
+
 def _write(H: Operator, kept: Checkpoint, snapshot: Callable[[], dict[str, Any]]) -> None:
-    """The ranks take the state together; rank 0 writes it, and the others wait for it."""
+    """Rank 0 writes the state; the others give it their rows of what is divided, and wait for it."""
     taken = snapshot()
     with H.comm.summed():
         if H.comm.rank == 0:
             kept.write(taken)
+        else:
+            state_file.take_part(taken)
 
 
 def _never() -> bool:

@@ -45,6 +45,7 @@ def eigs(
     method: str = "lanczos",
     momentum: float | str = 0.0,
     batches: int | None = None,
+    gather: bool = True,
 ) -> Eigenpairs:
     """The k most extreme eigenpairs, by Lanczos with full reorthogonalisation and thick restarts, or by power iteration.
 
@@ -69,6 +70,8 @@ def eigs(
         method: "lanczos", or "power": power iteration with deflation, one pair after the other, for "LM" only.
         momentum: for the power method: 0 is the plain form, "auto" or a number beta the accelerated one.
         batches: for the power method: its stochastic form, every product on so many batches, drawn anew.
+        gather: where vectors are divided among ranks, every rank gets all eigenvectors; with False its own rows of them, and
+            `save`, which then all ranks call, has rank 0 write them a piece at a time.
 
     Returns:
         Eigenvalues in the order wanted (by magnitude for "LM", descending for "LA" and "BE", ascending for "SA"), unit
@@ -94,7 +97,7 @@ def eigs(
             raise HesscopeError(
                 "Expected which='LM' and neither max_basis nor basis_dtype with method='power'; use method='lanczos'."
             )
-        return _told(power(H, k, tol, max_products, seed, checkpoint, given, momentum, batches, options))
+        return _told(power(H, k, tol, max_products, seed, checkpoint, given, momentum, batches, options, gather))
     if momentum != 0 or batches is not None:
         raise HesscopeError("Expected momentum and batches only with method='power', got them with method='lanczos'.")
     home = Home.of(basis_device, basis_folder, basis_dtype)
@@ -111,7 +114,7 @@ def eigs(
             **spent,
             which=which,
             eigenvalues=search.values,
-            vectors=H.space.gathered(search.vectors()),
+            vectors=H.space.kept(search.vectors(), gather),
             residuals=search.residuals,
             tol=tol,
             converged=search.converged,

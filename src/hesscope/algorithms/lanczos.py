@@ -18,6 +18,7 @@ from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import LanczosRun
 from hesscope.space import Vectors
+from hesscope.space.divided import Divided
 
 
 def lanczos(
@@ -31,6 +32,7 @@ def lanczos(
     *,
     basis_device: str | torch.device | None = None,
     basis_folder: str | Path | None = None,
+    gather: bool = True,
 ) -> LanczosRun:
     """Run the Lanczos process: A Q = Q T + residual, with T tridiagonal and Q orthonormal.
 
@@ -44,6 +46,8 @@ def lanczos(
 
         basis_device: keep the basis there, such as "cpu".
         basis_folder: keep the basis in files of this folder, mapped into memory.
+        gather: where vectors are divided among ranks, every rank gets the whole basis; with False its own rows of it, where
+            they are kept, and `save`, which then all ranks call, has rank 0 write it a piece at a time.
 
     Raises:
         HesscopeError: steps outside 1..n, or a start vector that is zero, not finite or of another size.
@@ -72,7 +76,9 @@ def lanczos(
     run = LanczosIteration(krylov, steps, "lanczos")
     spent = drive(H, run, options, checkpoint)
     nodes, weights = krylov.quadrature()
-    basis = H.space.gathered(H.space.place(krylov.basis)) if keep_basis and isinstance(krylov, Krylov) else {}
+    basis: dict[str, Tensor | Divided] = {}
+    if keep_basis and isinstance(krylov, Krylov):
+        basis = H.space.kept(H.space.place(krylov.basis) if gather else krylov.basis, gather)
     return LanczosRun(**spent, T=krylov.T, nodes=nodes, weights=weights,
                       residual_norm=krylov.residual_norm, basis_vectors=basis, seed=seed)  # fmt: skip
 

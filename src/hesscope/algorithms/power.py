@@ -33,7 +33,7 @@ _FEWEST_SAMPLES = 5
 
 def power(
     H: Operator, k: int, tol: float, max_products: int | None, seed: int, checkpoint: str | Path | Checkpoint | None,
-    given: Vectors | None, momentum: float | str, batches: int | None, options: dict[str, Any],
+    given: Vectors | None, momentum: float | str, batches: int | None, options: dict[str, Any], gather: bool,
 ) -> Eigenpairs:  # fmt: skip
     """`eigs(method="power")`: the k pairs of largest magnitude, one after the other; see there for the arguments.
 
@@ -62,7 +62,7 @@ def power(
     errors = torch.tensor(run.errors, dtype=torch.float64)
     order = values.abs().argsort(descending=True, stable=True)
     good = (residuals <= torch.clamp(max(tol, H.space.rounding) * values.abs(), min=run.floor))[order]
-    return Eigenpairs(**spent, which="LM", eigenvalues=values[order], vectors=H.space.gathered(H.space.combine(found, torch.eye(k, dtype=torch.float64)[:, order])), tol=tol,
+    return Eigenpairs(**spent, which="LM", eigenvalues=values[order], vectors=H.space.kept(H.space.combine(found, torch.eye(k, dtype=torch.float64)[:, order]), gather), tol=tol,
                       residuals=residuals[order], converged=bool(good.all()), steps=run.made, seed=seed, method="power",
                       eigenvalue_standard_error=errors[order], degrees_of_freedom=run.degrees)  # fmt: skip
 

@@ -8,11 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from hesscope.digest import update_with_tensor
+from hesscope.digest import update_with_bytes, update_with_outline, update_with_tensor
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
+from hesscope.space.divided import Divided
 
 #: The random part of a warm start, relative to the rest: what the earlier vectors lack is still found.
 _FRESH = 0.03
@@ -40,7 +41,7 @@ def _read(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor]) -> Vector
             raise HesscopeError(
                 "Expected start to be a result on the same selection as this operator; select it again."
             )
-        return {name: part.to(H.dtype) for name, part in H.space.own(H.space.whole.place(start.vectors)).items()}
+        return vectors.in_dtype(H.space.place(H.space.own(start.vectors)), H.dtype)
     if isinstance(start, dict):
         return H.space.from_dict(start)
     if start.dim() not in (1, 2) or start.shape[0] != H.space.size or start.numel() == 0:
@@ -53,8 +54,13 @@ def start_digest(H: Operator, given: Vectors | None) -> str | None:
     if given is None:
         return None
     digest = hashlib.sha256()
-    for part in H.space.gathered(given).values():
-        update_with_tensor(digest, part)
+    for name, part in H.space.kept(given, gather=False).items():
+        if not isinstance(part, Divided):
+            update_with_tensor(digest, part)
+            continue
+        update_with_outline(digest, part.dtype, part.shape)
+        for k in range(part.shape[0]):
+            update_with_bytes(digest, H.space.gathered({name: given[name][k : k + 1]})[name])
     return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """One file that holds nested tensors and facts, written all or nothing.
 
 The file is a safetensors file. Its `__metadata__` holds the JSON form of the value, in which tensors are numbered; the
-tensor `crc32` is a checksum of all others' bytes, since safetensors itself only sees that a file is too short.
+tensor `crc32` is a checksum of all others' bytes, since safetensors itself only sees that a file is too short. Tensors go out, and
+come in, a piece at a time: processes that hold them between them never have one of them whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,29 +18,26 @@ import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
+from hesscope.space.divided import Outline
+from hesscope.tensor_file import NAMES, Outgoing, Pieces, raw_bytes
 
 _TENSOR, _CHECK, _FACTS = "tensor", "crc32", "facts"
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
     """Replace the file by one that holds `value`, nested dictionaries and lists of tensors and JSON facts.
 
-    Tensors go out one by one, without a second copy of all. Raises OSError; the old file is then as it was.
+    Tensors go out one by one, without a second copy of all; those that are divided among processes piece by piece, while the
+    others `take_part`. Raises OSError; the old file is then as it was.
     """
-    tensors: list[Tensor] = []
-    facts = json.dumps(_numbered(value, tensors))
+    facts, outgoing = _going_out(value)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            _write_safetensors(file, tensors, facts)
+        with outgoing, temporary.open("wb") as file:
+            place, sums = outgoing.write(file, {_FACTS: facts})
+            file.seek(place)
+            file.write(raw_bytes(torch.tensor([_joined(sums[str(i)] for i in range(len(sums) - 1))])))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,43 +46,110 @@ def write(path: Path, value: dict[str, Any]) -> None:
     _sync_folder(path.parent)
 
 
+def take_part(value: dict[str, Any]) -> None:
+    """What the other processes do while one writes the value that all have a part of."""
+    with _going_out(value)[1]:
+        return
+
+
 def read(path: Path) -> dict[str, Any]:
     """The value that `write` was given, its tensors on the CPU.
 
     Raises HesscopeError for a file that is damaged or of another kind.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[_FACTS])
-            tensors = [file.get_tensor(str(i)).clone() for i in range(len(file.keys()) - 1)]
-            check = int(file.get_tensor(_CHECK))
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise HesscopeError(f"the file {path.name} cannot be read ({str(error).splitlines()[0]})") from error
-    if check != _checksum(tensors):
-        raise HesscopeError(f"the bytes of {path.name} are not those that were written")
-    value: dict[str, Any] = _restored(facts, tensors)
+    stored = Stored(path)
+    value: dict[str, Any] = filled(stored.outline, lambda x: stored.read(x, torch.empty(x.shape, dtype=x.dtype)))
+    stored.finish()
     return value
 
 
 def read_facts(path: Path) -> Any:
     """Like `read`, without reading any tensor: None in the place of each."""
-    from safetensors import SafetensorError, safe_open
+    return filled(Stored(path).outline, lambda x: None)
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _restored(json.loads((file.metadata() or {})[_FACTS]), None)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise HesscopeError(f"the file {path.name} cannot be read ({str(error).splitlines()[0]})") from error
+
+class Stored:
+    """A file that was written, to be read in the order of its tensors, some numbers at a time.
+
+    Attributes:
+        outline: the value, with an `Outline` in the place of every tensor.
+
+    Raises HesscopeError for a file that is damaged or of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._failed: Exception | None = None
+        try:
+            with safe_open(path, framework="pt") as known:  # refuses what is too short, or not of the format
+                facts = json.loads((known.metadata() or {})[_FACTS])
+                self._check = int(known.get_tensor(_CHECK))
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            entries = [header[str(i)] for i in range(len(header) - 2)]
+            outlines = [Outline(i, tuple(x["shape"]), _DTYPES[x["dtype"]]) for i, x in enumerate(entries)]
+            self.outline: Any = _restored(facts, outlines)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise self._unreadable(error) from error
+        self._places = [8 + length + x["data_offsets"][0] for x in entries]
+        self._sums = [0] * len(entries)
+
+    def read(self, x: Outline, into: Tensor) -> Tensor:
+        """The next numbers of a tensor, into one on the CPU; what cannot be read is kept for `finish` to say."""
+        if self._failed is not None or into.numel() == 0:
+            return into
+        raw = raw_bytes(into)
+        try:
+            self._file = self._file or self._path.open("rb")
+            self._file.seek(self._places[x.number])
+            if self._file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
+                raise EOFError("it has become shorter")
+        except (OSError, EOFError) as error:
+            self._failed = error
+        self._places[x.number] += len(raw)
+        self._sums[x.number] = zlib.crc32(raw, self._sums[x.number])
+        return into
+
+    def finish(self) -> None:
+        """Raise HesscopeError where something could not be read, or was not what had been written; all has been read."""
+        if self._file is not None:
+            self._file.close()
+        if self._failed is not None:
+            raise self._unreadable(self._failed) from self._failed
+        if self._check != _joined(self._sums):
+            raise HesscopeError(f"the bytes of {self._path.name} are not those that were written")
+
+    def _unreadable(self, error: Exception) -> HesscopeError:
+        return HesscopeError(f"the file {self._path.name} cannot be read ({str(error).splitlines()[0]})")
+
+
+def filled(value: Any, take: Callable[[Outline], Any]) -> Any:
+    """A nested value with what is taken in the place of every outline, in their order."""
+    if isinstance(value, Outline):
+        return take(value)
+    if isinstance(value, dict):
+        return {key: filled(item, take) for key, item in value.items()}
+    return [filled(item, take) for item in value] if isinstance(value, list) else value
 
 
 # ---- tensors inside nested values
 
 
-def _numbered(value: Any, tensors: list[Tensor]) -> Any:
+def _going_out(value: dict[str, Any]) -> tuple[str, Outgoing]:
+    """The value's JSON form, and its tensors by number."""
+    tensors: list[Tensor | Pieces] = []
+    facts = json.dumps(_numbered(value, tensors))
+    check = torch.zeros(1, dtype=torch.int64)
+    return facts, Outgoing({_CHECK: check, **{str(i): x for i, x in enumerate(tensors)}})
+
+
+def _numbered(value: Any, tensors: list[Tensor | Pieces]) -> Any:
     """The value with {"tensor": i} in the place of the i-th tensor."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Pieces)):
         tensors.append(value)
         return {_TENSOR: len(tensors) - 1}
     if isinstance(value, dict):
@@ -95,50 +160,15 @@ def _numbered(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _restored(value: Any, tensors: list[Tensor] | None) -> Any:
+def _restored(value: Any, outlines: list[Outline]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
-            return None if tensors is None else tensors[value[_TENSOR]]
-        return {key: _restored(item, tensors) for key, item in value["items"]}
-    return [_restored(item, tensors) for item in value] if isinstance(value, list) else value
+            return outlines[value[_TENSOR]]
+        return {key: _restored(item, outlines) for key, item in value["items"]}
+    return [_restored(item, outlines) for item in value] if isinstance(value, list) else value
 
 
-# ---- bytes
-
-
-def _write_safetensors(file: BinaryIO, tensors: list[Tensor], facts: str) -> None:
-    # Widest first, as the format's own writer does, so that every tensor begins at a multiple of its item size.
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].dtype.itemsize)
-    check = torch.zeros(1, dtype=torch.int64)
-    header: dict[str, Any] = {"__metadata__": {_FACTS: facts}}
-    offset = 0
-    for name, tensor in [(_CHECK, check), *((str(i), tensors[i]) for i in order)]:
-        stop = offset + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    place = file.tell()
-    file.write(_raw(check))
-    sums = {}
-    for i in order:
-        raw = _raw(tensors[i])
-        file.write(raw)
-        sums[i] = zlib.crc32(raw)
-    file.seek(place)
-    file.write(_raw(torch.tensor([_joined(sums[i] for i in range(len(tensors)))])))
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _checksum(tensors: list[Tensor]) -> int:
-    return _joined(zlib.crc32(_raw(t)) for t in tensors)
-
-
-def _joined(sums: Iterator[int]) -> int:
+def _joined(sums: Iterable[int]) -> int:
     """One checksum of several."""
     return zlib.crc32(" ".join(map(str, sums)).encode())
 

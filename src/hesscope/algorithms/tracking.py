@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs, EigsTrack, load
 from hesscope.results.base import MANIFEST, jsonable
-from hesscope.space import Space
+from hesscope.space import Space, vectors
+from hesscope.space.divided import Divided
 from hesscope.space.random import resolve_seed
 
 
@@ -71,8 +73,10 @@ def track_eigs(
         track.require_same(name, H.space)
         if track.last is not None:
             wanted["start"] = track.last
-        pairs = eigs(H, **wanted) if kept is None else kept.eigs(name, H, wanted)
-        without = eigs(H, **(wanted | {"start": how.get("start")})) if cold and track.last is not None else None
+        pairs = eigs(H, **wanted, gather=False) if kept is None else kept.eigs(name, H, wanted)
+        without = (
+            eigs(H, **(wanted | {"start": how.get("start")}), gather=False) if cold and track.last is not None else None
+        )
         track.add(name, H, pairs, without)
         del H, made
     return track.result(cold, {key: value for key, value in wanted.items() if key != "start"})
@@ -97,10 +101,11 @@ class _Kept:
         state = Checkpoint(
             folder.with_name(f"{folder.name}.partial"), every=self._every, restart=self._restart, say=self._say
         )
-        pairs = eigs(H, **wanted, checkpoint=state)
+        pairs = eigs(H, **wanted, checkpoint=state, gather=False)
         with H.comm.summed():  # the others wait until it is there
-            if H.comm.rank == 0:
+            if H.comm.rank == 0 or H.space.divided is not None:
                 pairs.save(folder, overwrite=self._restart)
+            if H.comm.rank == 0:
                 state.discard()
         return pairs
 
@@ -175,7 +180,7 @@ class _Track:
             for key in self._cost:
                 self._cost[key] += getattr(found, key)
         self._provenance[name] = pairs.provenance
-        self.last = pairs
+        self.last = dataclasses.replace(pairs, vectors={key: _alone(part) for key, part in pairs.vectors.items()})
 
     def result(self, cold: bool, options: dict[str, Any]) -> EigsTrack:
         """All checkpoints."""
@@ -191,8 +196,13 @@ class _Track:
                          seed=self._seed)  # fmt: skip
 
 
+def _alone(part: Tensor | Divided) -> Tensor | Divided:
+    """Vectors that do not hold on to the model they are of."""
+    return part.alone() if isinstance(part, Divided) else part
+
+
 def _vectors(H: Operator, pairs: Eigenpairs) -> dict[str, Tensor]:
-    return {name: part.to(H.dtype) for name, part in H.space.own(H.space.whole.place(pairs.vectors)).items()}
+    return vectors.in_dtype(H.space.place(H.space.own(pairs.vectors)), H.dtype)
 
 
 def _difference(one: Space, other: Space) -> str:

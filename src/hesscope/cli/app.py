@@ -216,7 +216,7 @@ def eigs(
         run_track(models, common, cold, {"k": k, "which": which, "tol": tol, "max_products": max_products} | how, own)
         return
     kept = checkpoint(common, folder)
-    pairs = hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept, **how)
+    pairs = hs.eigs(make_operator(common), k, which, tol, max_products, common.seed, kept, **how, gather=False)
     finish(pairs, common, folder, kept, **own)
 
 

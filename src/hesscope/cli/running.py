@@ -219,17 +219,20 @@ def write_run(
     also_pt: bool = False,
     drawn: dict[str, Any] | None = None,
 ) -> Path:
-    """Result, manifest with the resolved options, and figure in one folder, all or nothing; rank 0 does it, the others wait."""
+    """Result, manifest with the resolved options, and figure in one folder, all or nothing.
+
+    Rank 0 does it; the others give it their rows of what is divided, and wait.
+    """
     from hesscope.results.base import require_free, staged
 
     resolved = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     result = dataclasses.replace(result, provenance={**result.provenance, "command": resolved})
-    with comm().summed():
+    with comm().summed(), result.outgoing() as outgoing:
         if comm().rank > 0:
             return folder
         require_free(folder, overwrite)
         with staged(folder) as stage:
-            result.write(stage, also_pt)
+            result.write(stage, outgoing, also_pt)
             result.plot(stage / f"{result.kind}.png", **(drawn or {}))
             for name, options_of_view in result.views().items():
                 result.plot(stage / f"{name}.png", **options_of_view)

@@ -73,6 +73,7 @@ class Ranks(Communicator):
         alike = replicas(self.gathered(of), ours, self.rank, self.probe_groups)
         if exchange is None:
             return
+        exchange.root = None if ours[0] not in (of or ()) else dist.get_group_rank(exchange.group, ours[0])
         if len(alike) == 1:
             exchange.replicas = None
         elif exchange.replicas is None or sorted(dist.get_process_group_ranks(exchange.replicas)) != alike:
@@ -149,6 +150,9 @@ class Ranks(Communicator):
         order = iter(tensors)
         result: T = tree_map(lambda x: self._broadcast(x, order, rank) if isinstance(x, _Empty) else x, found)
         return result
+
+    def give(self, tensor: Tensor) -> None:
+        self._give(tensor, 0)
 
     def gathered(self, value: T) -> list[T]:
         self._serve()
@@ -299,6 +303,11 @@ class Ranks(Communicator):
     def _broadcast(self, empty: _Empty, own: Iterator[Tensor], source: int) -> Tensor:
         """One of a rank's tensors, on every rank's CPU."""
         tensor = next(own).cpu().contiguous() if self.rank == source else torch.empty(empty.shape, dtype=empty.dtype)
+        self._give(tensor, source)
+        return tensor
+
+    def _give(self, tensor: Tensor, source: int) -> None:
+        """One rank's numbers, in place, on every rank."""
         raw = tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor
         for piece in torch.split(raw, _PIECE) if tensor.numel() else ():
             moved = piece.to(self._device)
@@ -306,7 +315,6 @@ class Ranks(Communicator):
             self._wait(dist.broadcast(moved, group=self._group, group_src=source, async_op=True))
             if moved is not piece:
                 piece.copy_(moved)
-        return tensor
 
 
 class _Empty:

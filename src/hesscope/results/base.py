@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hesscope.errors import HesscopeError
 from hesscope.operators.product_error import ProductError
+from hesscope.tensor_file import Outgoing, Pieces
 
 TENSORS, MANIFEST = "result.safetensors", "manifest.json"
 #: What a result can be; a folder holds one of them, with a figure of that name.
@@ -36,7 +37,8 @@ _FURTHER = (
 class Result(ABC):
     """A frozen value. `products` operator products and `units` forward passes over the data were spent on it.
 
-    Fields that are tensors, or dictionaries of tensors, go to `result.safetensors`; the others to `manifest.json`.
+    Fields that are tensors, or dictionaries of tensors, go to `result.safetensors`; the others to `manifest.json`. Where some of
+    them are `Divided` among processes, all of these call `save`, and one of them writes.
     """
 
     kind: ClassVar[str]
@@ -76,12 +78,12 @@ class Result(ABC):
         passes = f" = {self.units:.0f} forward passes" if self.units else ""
         return f"{self.products} product{'' if self.products == 1 else 's'}{passes} in {self.seconds:.1f} s"
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Pieces]:
         """Every tensor of the result, dictionaries flattened to `field/name`."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor | Pieces] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Pieces)):
                 found[field.name] = value
             elif _is_tensor_dict(value):
                 found |= {f"{field.name}/{name}": tensor for name, tensor in value.items()}
@@ -90,7 +92,7 @@ class Result(ABC):
     def facts(self) -> dict[str, Any]:
         """Every field that is not a tensor."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {k: v for k, v in values.items() if not isinstance(v, Tensor) and not _is_tensor_dict(v)}
+        return {k: v for k, v in values.items() if not isinstance(v, (Tensor, Pieces)) and not _is_tensor_dict(v)}
 
     def manifest(self) -> dict[str, Any]:
         """Everything about the result except its tensors, of which it keeps the order: safetensors does not."""
@@ -109,21 +111,29 @@ class Result(ABC):
         Raises HesscopeError where the folder already holds a result and `overwrite` is not set.
         """
         folder = Path(folder)
-        require_free(folder, overwrite)
-        with staged(folder) as stage:
-            self.write(stage, also_pt)
+        with self.outgoing() as outgoing:
+            if outgoing.here:
+                require_free(folder, overwrite)
+                with staged(folder) as stage:
+                    self.write(stage, outgoing, also_pt)
         return folder
 
-    def write(self, stage: Path, also_pt: bool = False) -> None:
-        """Write the files of `save` into a folder that exists, one after the other."""
-        from safetensors.torch import save_file
+    def outgoing(self) -> Outgoing:
+        """The tensors on their way to a file: a context that every process enters that holds some of them."""
+        return Outgoing(self.tensors())
 
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
-        save_file(tensors, stage / TENSORS)
+    def write(self, stage: Path, outgoing: Outgoing, also_pt: bool = False) -> None:
+        """Write the files of `save` into a folder that exists, one after the other, and tensor after tensor."""
+        from safetensors.torch import load_file, save_file
+
+        with (stage / TENSORS).open("wb") as file:
+            outgoing.write(file)
         for name, (parts, metadata) in self.files().items():
             save_file({key: t.detach().cpu().contiguous() for key, t in parts.items()}, stage / name, metadata)
         (stage / MANIFEST).write_text(json.dumps(jsonable(self.manifest()), indent=2) + "\n", encoding="utf-8")
         if also_pt:
+            tensors = load_file(stage / TENSORS)  # mapped, not read
+            tensors = {name: tensors[name] for name in self.tensors()}
             torch.save(next(iter(tensors.values())) if len(tensors) == 1 else tensors, stage / "result.pt")
 
     @classmethod
@@ -204,4 +214,4 @@ class staged:
 
 
 def _is_tensor_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, (Tensor, Pieces)) for v in value.values())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesscope.results.base import Result
 from hesscope.results.statistics import t_quantile
+from hesscope.space.divided import Divided, joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +20,15 @@ class Eigenpairs(Result):
 
     A residual is |A v - lambda v| for the unit vector v, put together from products that were made: A v is the same sum
     of them as v is of the vectors they were made of. Eigenvalues of the stochastic power method are unbiased Rayleigh
-    quotients of their vectors, with `eigenvalue_standard_error` [k]; those of other methods have none.
+    quotients of their vectors, with `eigenvalue_standard_error` [k]; those of other methods have none. With `gather=False` the
+    vectors are `Divided` among processes, `own` being the rows that are here.
     """
 
     kind = "eigs"
 
     which: str
     eigenvalues: Tensor
-    vectors: dict[str, Tensor]
+    vectors: dict[str, Tensor | Divided]
     residuals: Tensor
     tol: float
     converged: bool
@@ -39,7 +41,7 @@ class Eigenpairs(Result):
     @property
     def eigenvectors(self) -> Tensor:
         """Unit eigenvectors as one tensor [n, k], in the selection's order."""
-        return torch.cat([v.reshape(v.shape[0], -1) for v in self.vectors.values()], 1).T
+        return joined(self.vectors)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Confidence intervals [k] of the vectors' Rayleigh quotients, by Student's t; points where no error is random."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hesscope.results.base import Result
+from hesscope.space.divided import Divided, joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class LanczosRun(Result):
 
     `nodes` are T's eigenvalues and `weights` the squared first components of its eigenvectors: Gauss quadrature for the
     start vector's spectral measure; without reorthogonalisation copies of converged nodes are joined, and there are fewer of
-    them than steps. `basis_vectors` is empty unless the basis was asked for.
+    them than steps. `basis_vectors` is empty unless the basis was asked for; with `gather=False` it is `Divided` among processes.
     """
 
     kind = "lanczos"
@@ -27,7 +27,7 @@ class LanczosRun(Result):
     nodes: Tensor
     weights: Tensor
     residual_norm: float
-    basis_vectors: dict[str, Tensor]
+    basis_vectors: dict[str, Tensor | Divided]
     seed: int
 
     @property
@@ -35,7 +35,7 @@ class LanczosRun(Result):
         """The orthonormal basis [n, m], or None where it was not kept."""
         if not self.basis_vectors:
             return None
-        return torch.cat([v.reshape(v.shape[0], -1) for v in self.basis_vectors.values()], 1).T
+        return joined(self.basis_vectors)
 
     def error(self) -> dict[str, Any]:
         return {"residual_norm": self.residual_norm}

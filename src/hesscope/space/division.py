@@ -6,7 +6,8 @@ and nothing else of the algebra notices. Parts of single coordinates are not div
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,11 @@ from torch import Tensor
 from hesscope.exchange import ByRows, Exchange, Table, box_of, divided_along
 from hesscope.space import vectors
 from hesscope.space.coordinates import Coordinates, Rows
+from hesscope.space.divided import Divided, Outline
 from hesscope.space.vectors import OnDemand, Passed, Vectors
+
+#: Bytes of a file that are taken at once, unless a row has more.
+_TAKEN = 64 * 2**20
 
 
 class Division:
@@ -39,8 +44,8 @@ class Division:
         """The sum over the processes that hold different rows."""
         return self.exchange.total(x)
 
-    def gathered(self, V: Vectors, keep: bool = True) -> Vectors:
-        """All rows, on every process, or with `keep` false on those that say so empty parts."""
+    def gathered(self, V: Vectors) -> Vectors:
+        """All rows, on every process."""
         found = {}
         for name, part in V.items():
             if name not in self.rows:
@@ -51,19 +56,21 @@ class Division:
                 continue
             first = part.transpose(0, 1).contiguous()  # rows first
             whole = self.exchange.gather_rows(first, self.lengths[name])
-            found[name] = whole.transpose(0, 1).contiguous() if keep else part[:0]
+            found[name] = whole.transpose(0, 1).contiguous()
         return found
 
     def collected(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         """All rows of one vector, in main memory, on every process."""
         return {name: self.gathered({name: part[None]})[name][0].cpu() for name, part in v.items()}
 
-    def own(self, V: Vectors) -> Vectors:
-        """The rows that are here."""
-        return {
-            name: part[:, self.rows[name].start : self.rows[name].stop].clone() if name in self.rows else part
-            for name, part in V.items()
-        }
+    def own(self, V: Mapping[str, Tensor | Divided]) -> Vectors:
+        """The rows that are here, of vectors that are whole or divided alike."""
+        return {name: self._own(name, part) for name, part in V.items()}
+
+    def _own(self, name: str, part: Tensor | Divided) -> Tensor:
+        if isinstance(part, Divided):
+            return part.own
+        return part[:, self.rows[name].start : self.rows[name].stop].clone() if name in self.rows else part
 
     @contextmanager
     def exchanged(
@@ -116,27 +123,60 @@ class Division:
 
     # ---- what a run keeps
 
-    def state_gathered(self, state: Any, keep: bool) -> Any:
-        """A nested state with all vectors in it whole, where `keep` is true; every process takes part."""
-        if (leading := self._leading(state, whole=False)) is not None:
-            found = {name: self.gathered({name: _led(part, leading)}, keep)[name].cpu() for name, part in state.items()}
-            return found if leading or not keep else {name: part[0] for name, part in found.items()}
-        if isinstance(state, dict):
-            return {key: self.state_gathered(value, keep) for key, value in state.items()}
-        return [self.state_gathered(value, keep) for value in state] if isinstance(state, list) else state
+    def kept(self, V: Vectors) -> dict[str, Tensor | Divided]:
+        """Vectors as they go to a file: whole there, while each process has its rows."""
+        return {name: self._kept(name, part) for name, part in V.items()}
 
-    def state_own(self, state: Any) -> Any:
-        """A nested state with all whole vectors in it divided."""
-        if (leading := self._leading(state, whole=True)) is not None:
-            found = self.own({name: _led(part, leading) for name, part in state.items()})
-            return found if leading else {name: part[0] for name, part in found.items()}
+    def _kept(self, name: str, part: Tensor, one: bool = False) -> Tensor | Divided:
+        if name in self.rows:
+            return Divided(part, self.rows[name], self.lengths[name], one)
+        return part[0] if one else part
+
+    def state_kept(self, state: Any) -> Any:
+        """A nested state with all vectors in it as they go to a file."""
+        leading = self._leading(state, whole=False)
+        if leading == 1:
+            return self.kept(state)
+        if leading == 0:
+            return {name: self._kept(name, part[None], one=True) for name, part in state.items()}
         if isinstance(state, dict):
-            return {key: self.state_own(value) for key, value in state.items()}
-        return [self.state_own(value) for value in state] if isinstance(state, list) else state
+            return {key: self.state_kept(value) for key, value in state.items()}
+        return [self.state_kept(value) for value in state] if isinstance(state, list) else state
+
+    def state_taken(self, outline: Any, take: Callable[[Outline, int], Tensor]) -> Any:
+        """A nested state from what is in a file, of all vectors in it the rows that are here.
+
+        Every process takes everything, some numbers at a time, and keeps what it holds; `take` finds the next ones of a tensor.
+        """
+        if isinstance(outline, Outline):
+            return take(outline, math.prod(outline.shape)).view(outline.shape)
+        if isinstance(outline, dict):
+            leading = self._leading(outline, whole=True)
+            return {
+                key: self._rows_taken(self.rows[key], x, take, one=leading == 0)
+                if leading is not None and key in self.rows
+                else self.state_taken(x, take)
+                for key, x in outline.items()
+            }
+        return [self.state_taken(x, take) for x in outline] if isinstance(outline, list) else outline
+
+    def _rows_taken(self, rows: Rows, x: Outline, take: Callable[[Outline, int], Tensor], one: bool) -> Tensor:
+        count, length, *rest = (1, *x.shape) if one else x.shape
+        width = math.prod(rest)
+        step = max(1, _TAKEN // max(1, width * x.dtype.itemsize))
+        own = torch.empty(count, rows.stop - rows.start, *rest, dtype=x.dtype)
+        for k in range(count):
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                piece = take(x, (stop - start) * width).view(stop - start, *rest)
+                first, last = max(start, rows.start), min(stop, rows.stop)
+                if first < last:
+                    own[k, first - rows.start : last - rows.start] = piece[first - start : last - start]
+        return own[0] if one else own
 
     def _leading(self, state: Any, whole: bool) -> int | None:
         """Axes before the parameters' own: 1 of vectors, 0 of a single one, of all parameters or some; None for another state."""
-        if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
+        if not isinstance(state, dict) or not all(isinstance(part, (Tensor, Outline)) for part in state.values()):
             return None
         if not state.keys() & self.rows.keys() or not state.keys() <= self._shapes[whole].keys():
             return None
@@ -145,11 +185,6 @@ class Division:
         if shapes == expected:
             return 0
         return 1 if {name: shape[1:] for name, shape in shapes.items() if shape} == expected else None
-
-
-def _led(part: Tensor, leading: int) -> Tensor:
-    """Vectors' part, from that or from one vector's."""
-    return part if leading else part[None]
 
 
 def local_part(c: Coordinates, part: Tensor) -> Tensor:

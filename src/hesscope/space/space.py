@@ -6,7 +6,7 @@ Shape legend: n coordinates; K, L vectors; `V[name]` is [K, *shape of the select
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ from hesscope.errors import HesscopeError
 from hesscope.resting import mapped
 from hesscope.space import random, sums, vectors
 from hesscope.space.coordinates import Coordinates
+from hesscope.space.divided import Divided
 from hesscope.space.division import Division, as_dtensor, local_part
 from hesscope.space.vectors import Sums, Vectors
 
@@ -53,9 +54,21 @@ class Space:
         """One vector in the parameters' own shapes, whole on every process: in main memory where it was divided."""
         return v if self.divided is None else self.divided.collected(v)
 
-    def own(self, V: Vectors) -> Vectors:
-        """Vectors of this space from those of `whole`."""
-        return V if self.divided is None else self.divided.own(V)
+    def kept(self, V: Vectors, gather: bool = True) -> dict[str, Tensor | Divided]:
+        """Vectors for a result: whole, on every process, or left divided where they are."""
+        if self.divided is None:
+            return {**V}
+        return self.divided.kept(V) if not gather else {**self.divided.gathered(V)}
+
+    def own(self, V: Mapping[str, Tensor | Divided]) -> Vectors:
+        """Vectors of this space from those of `whole`, or from divided ones, where they are."""
+        if self.divided is not None:
+            return self.divided.own(V)
+        if divided := [name for name, part in V.items() if isinstance(part, Divided)]:
+            raise HesscopeError(
+                f"Expected whole vectors for a model that is not divided, but those of {divided[0]} are; leave gather=False out."
+            )
+        return V  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"Space({self.size} coordinates of {len(self.coordinates)} parameters)"
