@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import hesscope as hs
-from hesscope.memory import available_bytes
+from hesscope.memory import available_bytes, available_together, least_available
 
 GPU = torch.device("cuda", 0)
 
@@ -32,3 +34,13 @@ def test_a_limit_is_one_on_tensors() -> None:
         assert available_bytes(GPU) == 0
     with hs.memory_limit(None):
         assert available_bytes(GPU) == 25
+
+
+def test_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs with 10 and 30 bytes free, and the machine's memory, which is counted once."""
+    monkeypatch.setattr("hesscope.memory._free_on_gpu", lambda device: (10, 30)[device.index])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=50))
+    gpus = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert least_available(gpus) == 10
+    assert available_together(gpus) == 40
+    assert available_together((*gpus, torch.device("cpu"), torch.device("meta"))) == 90

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -76,6 +76,16 @@ def available_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def least_available(devices: Collection[torch.device]) -> int:
+    """Memory that can still be allocated on whichever of some devices has least: what is divided among them anyhow fits."""
+    return min(map(available_bytes, devices))
+
+
+def available_together(devices: Collection[torch.device]) -> int:
+    """Memory that can still be allocated on some devices in all; whatever is not a GPU of CUDA has that of the machine."""
+    return sum(map(available_bytes, {d if d.type == "cuda" else torch.device("cpu") for d in devices}))
 
 
 @contextmanager

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "elsewhere"
+#: How many of it there are: elsewhere:0 and elsewhere:1 do not meet either.
+COUNT = 2
 _aten = torch.ops.aten
 #: What torch does between devices too: copies, and indices on the CPU.
-_BETWEEN = {
-    _aten.copy_.default,
-    _aten._to_copy.default,
+_COPIES = {_aten.copy_.default, _aten._to_copy.default}
+_INDEXED = {
     _aten.index.Tensor,
     _aten.index_put.default,
     _aten.index_put_.default,
@@ -33,7 +34,7 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
     def device_count(self) -> int:
-        return 1
+        return COUNT
 
     def current_device(self) -> int:
         return 0
@@ -43,15 +44,16 @@ class Elsewhere(Tensor):
     """A tensor of the device."""
 
     inner: Tensor
+    index: int
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Elsewhere:
+    def __new__(cls, inner: Tensor, index: int) -> Elsewhere:
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
         made: Elsewhere = Tensor._make_wrapper_subclass(
-            cls, inner.size(), **layout, dtype=inner.dtype, device=torch.device(NAME, 0)
+            cls, inner.size(), **layout, dtype=inner.dtype, device=torch.device(NAME, index)
         )
-        made.inner = inner
+        made.inner, made.index = inner, index
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -70,32 +72,45 @@ class _Everything(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    ours = [x for x in tensors if isinstance(x, Elsewhere)]
-    theirs = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim() > 0]
-    if ours and theirs and func not in _BETWEEN:
-        raise RuntimeError(f"Expected all tensors on one device: {func} got a {theirs[0].device} tensor as well")
-    if "device" in kwargs and kwargs["device"] is not None:
-        here = torch.device(kwargs["device"]).type == NAME
-        kwargs = kwargs | {"device": torch.device("cpu") if here else kwargs["device"]}
-    else:
-        here = isinstance(args[0], Elsewhere) if func in _BETWEEN else bool(ours)
+    ours = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Elsewhere)]
+    if ours and func not in _COPIES:
+        _require_one_device(func, args, kwargs)
+    first = args[0] if func in _COPIES | _INDEXED else ours[0] if ours else None
+    here = first.index if isinstance(first, Elsewhere) else None
+    if kwargs.get("device") is not None:
+        device = torch.device(kwargs["device"])
+        here = (device.index or 0) if device.type == NAME else None
+        kwargs = kwargs | {"device": device if here is None else torch.device("cpu")}
     inside, named = tree_map_only(Elsewhere, lambda x: x.inner, (args, kwargs))
     result = func(*inside, **named)
     if func is _aten._to_copy.default and any(result is x for x in inside):
         result = result.clone()
-    if not here:
+    if here is None:
         return result
-    result = tree_map_only(Tensor, lambda x: x if isinstance(x, Elsewhere) else Elsewhere(x), result)
+    result = tree_map_only(Tensor, lambda x: x if isinstance(x, Elsewhere) else Elsewhere(x, here), result)
     return return_and_correct_aliasing(func, args, kwargs, result) if ours else result
 
 
-def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
-    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
+def _require_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """A CPU tensor without axes meets any device, and CPU indices do; elsewhere:0 does not meet elsewhere:1."""
+    indices = {id(x) for x in tree_leaves(args[1])} if func in _INDEXED else set()
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    met = {x.device for x in tensors if isinstance(x, Elsewhere) or (x.dim() > 0 and id(x) not in indices)}
+    if len(met) > 1:
+        found = " and ".join(sorted(map(str, met)))
+        raise RuntimeError(f"Expected all tensors on one device: {func} got some on {found}")
 
 
-def _empty(size: Any, *, dtype: Any = None, **_: Any) -> Tensor:
-    return Elsewhere(torch.empty(size, dtype=dtype))
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype), _index(device))
+
+
+def _empty(size: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return Elsewhere(torch.empty(size, dtype=dtype), _index(device))
+
+
+def _index(device: Any) -> int:
+    return 0 if device is None else torch.device(device).index or 0
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
@@ -115,7 +130,7 @@ def another_device() -> Iterator[torch.device]:
         ("_copy_from", _copy_from),
     ):
         library.impl(name, kernel, "PrivateUse1")
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch.__future__.set_swap_module_params_on_conversion(True)
     made = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **more: Any) -> Tensor:
@@ -124,7 +139,8 @@ def another_device() -> Iterator[torch.device]:
 
     torch.tensor = tensor
     try:
-        with _Everything():
+        # Autograd knows of one thread only for a device written in Python, and of the thread that calls it.
+        with _Everything(), torch.autograd.set_multithreading_enabled(False):
             yield torch.device(NAME, 0)
     finally:
         torch.tensor = made

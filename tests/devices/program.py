@@ -1,4 +1,6 @@
-"""Run as a script: everything, or a few things, on the device of `elsewhere` and on the CPU.
+"""Every operator and algorithm, to be run on a model that is somewhere and on one on the CPU.
+
+As a script it runs a few on the device of `elsewhere`.
 
 Prints {what: relative difference or error} as JSON.
 """
@@ -24,7 +26,9 @@ from devices.elsewhere import another_device
 from hesscope.engines import auto, stages
 from hesscope.engines.forward_context import NotInForwardMode
 
-Run = Callable[[hs.Problem, str], Any]
+#: Of a selection, a pattern or {name: index}.
+Part = Any
+Run = Callable[[hs.Problem, Part], Any]
 
 
 def refused(*_: Any) -> Any:
@@ -36,7 +40,7 @@ def vectors(space: hs.Space) -> Tensor:
 
 
 def product(make: Callable[..., hs.Operator], **how: Any) -> Run:
-    def run(problem: hs.Problem, _: str) -> Tensor:
+    def run(problem: hs.Problem, _: Part) -> Tensor:
         space = hs.select(problem)
         return make(problem, space, **how) @ vectors(space)
 
@@ -118,7 +122,7 @@ def product_of(space: hs.Space, problem: hs.Problem) -> Tensor:
 PARTS = {"gpt2": "transformer.h.1.attn.c_proj.weight", "llama": "model.layers.1.self_attn.v_proj.weight"}
 
 
-def difference(run: Run, here: hs.Problem, cpu: hs.Problem, part: str) -> float | str:
+def difference(run: Run, here: hs.Problem, cpu: hs.Problem, part: Part) -> float | str:
     """How far results on the two devices are apart, or what went wrong."""
     try:
         found, expected = run(here, part), run(cpu, part)
@@ -129,19 +133,25 @@ def difference(run: Run, here: hs.Problem, cpu: hs.Problem, part: str) -> float 
         return f"{type(error).__name__} in {place}: {str(error).splitlines()[0][:200]}"
 
 
-def main(name: str, few: bool) -> None:
-    """Compare on one model."""
-    # What tensors made of others cannot do: forward mode, and saying where their memory is.
+def leave_out() -> None:
+    """What tensors made of others cannot do: forward mode, and saying where their memory is."""
     stages._forward = refused
     hs.Space._joined = lambda self, V: None
     auto.Auto.candidates = ()
     warnings.simplefilter("ignore")
+
+
+def main(name: str) -> None:
+    """Compare on one model."""
+    leave_out()
+    models = [tiny(name, torch.float32) for _ in range(2)]
     with another_device() as device:
-        cpu, here = (hs.causal_lm(tiny(name, torch.float32).to(d), ragged_batches()) for d in ("cpu", device))
+        models[1].to(device)
+        cpu, here = (hs.causal_lm(model, ragged_batches()) for model in models)
         assert here.device == device
-        runs = {what: RUNS[what] for what in (FEW if few else RUNS)}
-        print(json.dumps({what: difference(run, here, cpu, PARTS[name]) for what, run in runs.items()}))
+        assert [p.shape for p in here.model.parameters()] == [p.shape for p in cpu.model.parameters()]
+        print(json.dumps({what: difference(RUNS[what], here, cpu, PARTS[name]) for what in FEW}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], few="few" in sys.argv)
+    main(sys.argv[1])

@@ -241,6 +241,9 @@ def shifted(z: Tensor) -> Tensor:
 SEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "soft cap": (lambda z: 3.0 * torch.tanh(z / 3.0), "logits (times 0.333333, tanh, times 3)"),
     "contiguous, in float64": (lambda z: z.contiguous().double(), "logits"),
+    "moved as accelerate moves them": (lambda z: 2.0 * z.to("cpu", non_blocking=True), "logits (times 2)"),
+    "to a dtype by name": (lambda z: z.to(dtype=torch.float64), "logits"),
+    "to another layout": (lambda z: z.to(memory_format=torch.contiguous_format), "whole logits: the model does more"),
     "a constant for every class": (shifted, "logits"),
     "scaled from the left": (lambda z: 0.5 * z, "logits (times 0.5)"),
     "questions only": (lambda z: z if z.shape[-1] == 37 and z.dtype == torch.float64 else z * 0, "logits"),

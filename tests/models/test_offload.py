@@ -11,12 +11,17 @@ from torch import nn
 
 import hesscope as hs
 from architectures import ARCHITECTURES, ragged_batches, tiny
+from devices.program import difference
 from hesscope.engines import ENGINES
 from hesscope.models import offloaded
 from oracles import relative
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate offloads weights")
 
+from devices.spread import FOR_FLOAT32, PARTS, SPREAD  # noqa: E402
+
+#: What is neither embedding nor block.
+OUTSIDE = {"transformer.wte": "cpu", "transformer.wpe": "disk", "transformer.ln_f": "disk", "lm_head": "cpu"}
 #: A float64 model that casts to float32 inside rounds as float32 does.
 CASTS = {True: 1e-6, False: 1e-10}
 
@@ -115,6 +120,52 @@ def test_algorithms(tmp_path: Path) -> None:
         assert relative(a, b) < 1e-8
     a, b = (hs.kfac(problem, space) for problem in (here, there))
     assert gap(a, b) < 1e-10
+    a, b = (hs.groups(H, by="layer", probes=2, steps=3, tol=1.0).nodes for H in (A, B))
+    assert relative(a, b) < 1e-8
+
+
+@pytest.fixture
+def with_hooks() -> nn.Module:
+    """A float32 model on one device, with the hooks and the `to` of a model that is spread over several."""
+    return accelerate.dispatch_model(tiny("gpt2", torch.float32), {"": "cpu"}, force_hooks=True)  # type: ignore[no-any-return]
+
+
+def test_verifying_converts_a_copy_and_not_the_model(with_hooks: nn.Module) -> None:
+    problem = hs.causal_lm(with_hooks, ragged_batches())
+    before = {name: (id(p), p.dtype) for name, p in with_hooks.named_parameters()}
+    assert hs.verify(problem).passed
+    assert 0 < hs.hessian(problem).product_error().relative < 1e-4  # type: ignore[operator]
+    assert {name: (id(p), p.dtype) for name, p in with_hooks.named_parameters()} == before
+
+
+def test_the_head_is_in_chunks_where_hooks_move_the_logits(with_hooks: nn.Module) -> None:
+    for engine in ("reverse-over-reverse", "streamed"):
+        for make in (hs.hessian, hs.ggn):
+            H = make(hs.causal_lm(with_hooks, ragged_batches()), engine=engine)
+            H.matmat(H.space.rademacher(0, [0]))
+            assert H.describe()["head"].startswith("logits in chunks")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("places", [{"": "disk"}, {"transformer.h.0": "disk", "transformer.h.1": "cpu"} | OUTSIDE])
+def test_every_operator_and_algorithm(places: dict[str, str], tmp_path: Path) -> None:
+    found: dict[str, float | str] = {}
+    for dtype in (torch.float64, torch.float32):
+        tiny("gpt2").save_pretrained(tmp_path)
+        options = {"device_map": places, "offload_folder": str(tmp_path / "rest")}
+        models = [type(tiny("gpt2")).from_pretrained(tmp_path, dtype=dtype, **more) for more in ({}, options)]
+        assert sum(p.is_meta for p in models[1].parameters()) > 2
+        here, there = (hs.causal_lm(model, ragged_batches()) for model in models)
+        for what, run in SPREAD.items():
+            if (what in FOR_FLOAT32) == (dtype == torch.float32):
+                found[what] = difference(run, there, here, PARTS["gpt2"])
+    assert "no copy in float64" in str(hs.hessian(there).product_error())
+    del found["product error"]
+    assert len(found) > 35
+    # A finite difference has its own error; what runs in float32 has float32's rounding.
+    limits = {what: 1e-5 if what in (*FOR_FLOAT32, "finite-difference") else 1e-10 for what in found}
+    assert {what: gap for what, gap in found.items() if isinstance(gap, str) or gap > limits[what]} == {}
 
 
 def test_a_weight_is_not_in_memory_while_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +204,15 @@ def test_an_exception_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     handle.remove()
     assert state(there.model) == before
     assert there.risk() == pytest.approx(hs.causal_lm(tiny("gpt2"), ragged_batches()).risk(), rel=1e-12)
+
+
+def test_an_autocast_around_the_caller_is_switched_off(tmp_path: Path) -> None:
+    tiny("gpt2", torch.float32).save_pretrained(tmp_path)
+    options = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "rest"), "dtype": torch.float32}
+    there = hs.causal_lm(type(tiny("gpt2")).from_pretrained(tmp_path, **options), ragged_batches())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = there.risk()
+    assert inside == there.risk()
 
 
 def test_ties_that_offloading_has_cut_are_refused() -> None:

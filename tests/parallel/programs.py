@@ -553,11 +553,13 @@ def rooms(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _seeing(free: int) -> Iterator[None]:
     """As if so many bytes were free, of which an ordinary product may take a good part."""
-    real, room.available_bytes, share, room._PLENTY = room.available_bytes, lambda _: free, room._PLENTY, 0.0
+    real = room.available_together, room.least_available, room._PLENTY
+    room.available_together = room.least_available = lambda _: free
+    room._PLENTY = 0.0
     try:
         yield
     finally:
-        room.available_bytes, room._PLENTY = real, share
+        room.available_together, room.least_available, room._PLENTY = real
 
 
 def in_bfloat16(share: Callable[[hs.Problem], hs.Problem]) -> dict[str, Tensor]:

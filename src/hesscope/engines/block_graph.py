@@ -119,7 +119,7 @@ class BlockGraph:
         gradient = self._gradients[f"dW/{name}"]
         seed = None if gradient is None else _zeros(gradient)
         if seed is not None:
-            seed[: self._sequences] = v_b
+            seed[: self._sequences] = v_b.to(seed)
         return self._pull(gradient, seed)[0].sum(0)
 
     def responses(self, name: str, unit: int, positions: Tensor) -> Tensor:

@@ -93,9 +93,8 @@ class _Differences(Linearization):
         return vectors.scale(vectors.add(forward, backward, -1.0), 0.5 / step)
 
     def _moved(self, v: Vectors, step: float) -> dict[str, Tensor]:
-        return {
-            c.name: self._values[c.name] + (step * c.scatter(v[c.name][0])).to(c.dtype) for c in self._space.coordinates
-        }
+        moves = {c.name: step * c.scatter(v[c.name][0]) for c in self._space.coordinates}
+        return {name: value + moves[name].to(value) for name, value in self._values.items()}
 
     def _gradient(self, values: dict[str, Tensor]) -> Vectors:
         _, parts = gradient_parts(self._problem, self._b, values, self._loss)

@@ -25,7 +25,7 @@ from hesscope.engines.forward_context import NotInForwardMode, quietly, refusals
 from hesscope.engines.forward_rules import FORWARD_OVER_REVERSE, REVERSE_OVER_FORWARD, Replacements, Replacing
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse, SavedBytes
 from hesscope.errors import HesscopeError, HesscopeWarning
-from hesscope.memory import available_bytes
+from hesscope.memory import least_available
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -139,7 +139,7 @@ class _Passes(Linearization):
         self.total = total
         self.unused = [name for name, part in parts.items() if part is None]
         self._constant = len(self.unused) == len(self._theta)
-        self._at_once = _how_many(meter.bytes, available_bytes(problem.device) // 2)
+        self._at_once = _how_many(meter.bytes, least_available(problem.devices) // 2)
 
     def gradient(self) -> Vectors:
         result = self._space.zeros()
@@ -159,12 +159,15 @@ class _Passes(Linearization):
             columns = self._columns(vectors.columns(V, start, stop))
             for c in self._space.coordinates:
                 for k in range(stop - start):
-                    into[c.name][start + k] += c.gather(columns[c.name][k])
+                    into[c.name][start + k] += c.gather(columns[c.name][k]).to(c.device)
             start = stop
 
     def _columns(self, V: Vectors) -> Values:
         """H times vectors that fit into memory together; whole parameters, [K, *shape]."""
-        tangents = {c.name: torch.stack([c.scatter(v) for v in V[c.name]]).to(c.dtype) for c in self._space.coordinates}
+        tangents = {
+            c.name: torch.stack([c.scatter(v) for v in V[c.name]]).to(self._theta[c.name])
+            for c in self._space.coordinates
+        }
         if vectors.count(V) > 1:
             try:
                 self.passes += 1

@@ -67,12 +67,15 @@ def as_linear(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int] | 
 
 
 class Box:
-    """The smallest sub-matrix [r units, c inputs] of a linear layer's weight that holds the selected entries."""
+    """The smallest sub-matrix [r units, c inputs] of a linear layer's weight that holds the selected entries.
 
-    def __init__(self, c: Coordinates, unit_axis: int) -> None:
+    It is on the device on which the layer computes, where vectors over the selection may not be.
+    """
+
+    def __init__(self, c: Coordinates, unit_axis: int, device: torch.device) -> None:
         row, column = torch.unravel_index(c.flat_indices(), c.parameter_shape)
         unit, inputs = (row, column) if unit_axis == 0 else (column, row)
-        device = c.device
+        self.device = device
         self.out_features = c.parameter_shape[unit_axis]
         self.in_features = c.parameter_shape[1 - unit_axis]
         self.units, unit_at = (x.to(device) for x in torch.unique(unit, return_inverse=True))

@@ -96,10 +96,10 @@ class SequenceProbes:
                 sample = self._read_out(c.name, probes[c.name], slope, backward.get(c.name))
                 sample = sample.reshape(-1)[box.place].reshape(c.shape)
             elif slope is not None:
-                sample = c.gather(slope).to(self._space.dtype) * shared[c.name][0]
+                sample = c.gather(slope).to(shared[c.name]) * shared[c.name][0]
             else:
                 continue
-            into[c.name][0].add_(sample, alpha=weight)
+            into[c.name][0].add_(sample.to(c.device), alpha=weight)
 
     def leak(self, probes: dict[str, RankOne]) -> float:
         """How much the second half of the sequences feels the probes of the first, relative to the first; 0 if apart."""
@@ -124,7 +124,7 @@ class SequenceProbes:
             if c.name in self._whole and c.name in shared and gradient is not None:
                 seeded.append((gradient, c.scatter(shared[c.name][0])))
         # Where the loss is linear in a parameter its derivative is a constant.
-        seeded = [(root, seed.to(root.dtype)) for root, seed in seeded if root.requires_grad]
+        seeded = [(root, seed.to(root)) for root, seed in seeded if root.requires_grad]
         if not seeded:
             return {}, {}
         leaves = self._leaves()

@@ -62,7 +62,7 @@ class SquaredGradients:
                 squares = self._squares(gradient, perturbation).reshape(-1)[perturbation.box.place].reshape(c.shape)
             else:
                 squares = c.gather(gradient).square()
-            into[c.name][0].add_(squares.to(into[c.name].dtype), alpha=weight)
+            into[c.name][0].add_(squares.to(into[c.name]), alpha=weight)
 
     def _squares(self, dY: Tensor, perturbation: Perturbation) -> Tensor:
         """sum_s (dY_s^T X_s)^2 over the box, [r, c]."""

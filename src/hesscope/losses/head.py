@@ -89,8 +89,8 @@ def projection_of(loss: TokenLoss, model: nn.Module, batch: dict[str, Any]) -> t
 
 
 def counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and targets of the tokens that count, [T, d] and [T]."""
-    h_Nd, y_N = hidden.flatten(0, -2), targets.flatten()
+    """Hidden states and targets of the tokens that count, [T, d] and [T], where the hidden states are."""
+    h_Nd, y_N = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     valid_T = (y_N != IGNORED).nonzero()[:, 0]
     if len(valid_T) == len(y_N):
         return h_Nd, y_N

@@ -1,7 +1,7 @@
 """Logits that are not formed: what a model returns in place of W h + b while its output projection is watched.
 
 Every operation of torch on the stand-in is seen. What is known to act on logits one by one (scales, tanh, casts) or to add a bias
-is noted; before anything else the logits are formed, once and for all, and the operation runs on them. So whatever a model does,
+is noted, and to which device they go; before anything else the logits are formed, once and for all, and the operation runs on them. So whatever a model does,
 its result is right, and the stand-in comes out whole only where the logits are f(W h + b) with f known.
 """
 
@@ -23,7 +23,10 @@ from hesscope.losses.logits_map import AS_THEY_ARE, LogitsMap
 
 @dataclass(frozen=True)
 class Projection:
-    """f(W h + b), with h [..., d], W [V, d], b [V] and f a `LogitsMap`, in the dtype that the model gives its logits."""
+    """f(W h + b), with h [..., d], W [V, d], b [V] and f a `LogitsMap`, in the dtype that the model gives its logits.
+
+    `device` is where the model gives them; None is where h is.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -31,13 +34,14 @@ class Projection:
     dtype: torch.dtype
     map: LogitsMap = AS_THEY_ARE
     version: int = 0
+    device: torch.device | None = None
 
     def form(self) -> Tensor:
         """The logits, by the model's own operations."""
         z = F.linear(self.hidden, self.weight, self.bias).to(self.dtype)
         for step in self.map.steps:
             z = torch.tanh(z) if step is None else z * step
-        return z
+        return z if self.device is None else z.to(self.device)
 
     @property
     def untouched(self) -> bool:
@@ -57,7 +61,7 @@ class StandingLogits(Tensor):
         """The stand-in for a projection's logits."""
         shape = (*projection.hidden.shape[:-1], len(projection.weight))
         made: StandingLogits = Tensor._make_wrapper_subclass(
-            StandingLogits, shape, dtype=projection.dtype, device=projection.hidden.device
+            StandingLogits, shape, dtype=projection.dtype, device=projection.device or projection.hidden.device
         )
         made.projection, made.formed = projection, None
         return made
@@ -75,7 +79,9 @@ class StandingLogits(Tensor):
         if func in _FACTS and first is not None and first.formed is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if not kwargs and first is not None and first.formed is None:
+        if func is Tensor.to and first is not None and first.formed is None:
+            noted = _moved(first, args[1:], kwargs)
+        elif not kwargs and first is not None and first.formed is None:
             noted = _noted(func, first, args[1:])
         elif not kwargs and len(args) == 2 and isinstance(args[1], StandingLogits) and args[1].formed is None:
             noted = _noted(func, args[1], args[:1]) if func in _PRODUCTS or func in _SUMS else None
@@ -124,18 +130,37 @@ def _noted(func: Callable[..., Any], logits: StandingLogits, others: tuple[Any, 
         return StandingLogits.of(replace(p, map=p.map.then(number)))
     if func in _QUOTIENTS and number:
         return StandingLogits.of(replace(p, map=p.map.then(1.0 / number)))
-    dtype = _CASTS.get(func) or (others[0] if func is Tensor.to and len(others) == 1 else None)
-    if isinstance(dtype, torch.dtype) and dtype.itemsize >= p.dtype.itemsize:
-        return logits if dtype == p.dtype else StandingLogits.of(replace(p, dtype=dtype))
+    if func in _CASTS and not others:
+        return _placed(logits, _CASTS[func], None)
     if func in _SUMS and len(others) == 1 and isinstance(others[0], Tensor) and not p.map.steps:
         return _with_bias(p, others[0])
     return None
 
 
+def _moved(logits: StandingLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StandingLogits | None:
+    """The stand-in for `logits.to(*args, **kwargs)`, such as accelerate makes of what a spread model returns."""
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except (TypeError, RuntimeError):  # another form of it
+        return None
+    return _placed(logits, dtype, device) if memory_format is None else None
+
+
+def _placed(logits: StandingLogits, dtype: torch.dtype | None, device: torch.device | None) -> StandingLogits | None:
+    """The stand-in in another dtype, no narrower, and on another device."""
+    p = logits.projection
+    dtype = dtype or p.dtype
+    if not dtype.is_floating_point or dtype.itemsize < p.dtype.itemsize:
+        return None
+    if dtype == p.dtype and device in (None, logits.device):
+        return logits
+    return StandingLogits.of(replace(p, dtype=dtype, device=device or p.device))
+
+
 def _with_bias(p: Projection, added: Tensor) -> StandingLogits | None:
     """A tensor that is the same for every token is a bias."""
     one_a_class = added.shape[-1:] == p.weight.shape[:1] and added.numel() == len(p.weight)
-    if not one_a_class or added.dtype != p.weight.dtype or p.dtype != added.dtype:
+    if not one_a_class or added.dtype != p.weight.dtype or p.dtype != added.dtype or p.device is not None:
         return None
     b = added.reshape(-1)
     return StandingLogits.of(replace(p, bias=b if p.bias is None else p.bias + b))

@@ -2,7 +2,7 @@
 
 from hesscope.models.anatomy import Place, Trunk, find_trunk, layer_names, places
 from hesscope.models.borrow import borrowed
-from hesscope.models.elsewhere import device_of, elsewhere, sharded, values_of
+from hesscope.models.elsewhere import device_of, devices_of, elsewhere, sharded, values_of
 from hesscope.models.hooked import hooked_logits, is_hooked
 from hesscope.models.inspect import (
     context_length,
@@ -35,6 +35,7 @@ __all__ = [
     "class_name",
     "context_length",
     "device_of",
+    "devices_of",
     "elsewhere",
     "find_trunk",
     "fingerprint",

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscope.models.attention.registered import NAME, register
 from hesscope.models.configs import replacement
-from hesscope.models.elsewhere import elsewhere
+from hesscope.models.elsewhere import devices_of, elsewhere
 from hesscope.models.padding import whole_embeddings
 
 
@@ -25,20 +25,22 @@ def borrowed(model: nn.Module, dropout_seed: int | None = None, attention: str |
     """
     if attention == NAME:
         register()
-    store = elsewhere(model)
+    store, devices = elsewhere(model), devices_of(model)
     with ExitStack() as stack:
         if store is not None:
             stack.enter_context(store.hooks_bring_what_is_missing())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # An autocast around the caller's code would change the function, unseen by any fingerprint.
-        for device_type in {p.device.type for p in model.parameters()} - {"meta"}:
+        for device_type in {device.type for device in devices} - {"meta"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(whole_embeddings(model))
         stack.enter_context(_implementations(model, attention))
         stack.enter_context(_without_checkpointing(model))
         if dropout_seed is not None:
             stack.enter_context(_training_flags(model))
-            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+            stack.enter_context(
+                torch.random.fork_rng(devices=sorted((d for d in devices if d.type == "cuda"), key=str))
+            )
             torch.manual_seed(dropout_seed)
         yield
 
@@ -90,7 +92,3 @@ def _training_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for m, training in flags:
             m.training = training
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscope.models.offload import Offloaded, offloaded
-from hesscope.models.parameters import is_sharded
+from hesscope.models.parameters import is_sharded, named_parameters
 from hesscope.models.sharded import Sharded
 
 _ATTRIBUTE = "_hesscope_sharded"
@@ -37,6 +37,13 @@ def device_of(model: nn.Module, name: str, parameter: Tensor) -> torch.device:
     """Where a parameter's values are when they are used."""
     store = _store(model, parameter)
     return store.device(name) if store is not None and name in store else parameter.device
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where the parameters' values are when they are used."""
+    store = elsewhere(model)
+    named = named_parameters(model).items()
+    return {store.device(name) if store is not None and name in store else p.device for name, p in named}
 
 
 def _store(model: nn.Module, parameter: Tensor) -> Offloaded | Sharded | None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from hesscope.errors import HesscopeError
 from hesscope.models.elsewhere import device_of
-from hesscope.models.offload import offloaded
+from hesscope.models.offload import offloaded, placed_parameters
 
 # The names under which configurations state the longest input, the common one first.
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
@@ -37,6 +37,7 @@ def require_one_device(model: nn.Module) -> torch.device:
         raise HesscopeError("Expected a model with parameters; this one has none.")
     if offloaded(model) is not None or (len(devices) > 1 and getattr(model, "hf_device_map", None)):
         _require_ties(model)
+        _require_ties_on_one_device(model)
         name, first = next(iter(model.named_parameters()))
         return device_of(model, name, first)  # hooks of the model move what comes in and goes out
     if len(devices) > 1 or ("meta" in {d.type for d in devices} and not is_shadow(model)):
@@ -56,6 +57,20 @@ def _require_ties(model: nn.Module) -> None:
             raise HesscopeError(
                 f"Expected {one} and {other} to be one parameter, for the model ties them, but they are two: offload the model as it "
                 "is loaded, with device_map= and offload_folder= of from_pretrained."
+            )
+
+
+def _require_ties_on_one_device(model: nn.Module) -> None:
+    """Raise HesscopeError where modules that share a parameter run on different devices."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    for prefix, path, p, runs_on in placed_parameters(model):
+        shared = names[id(p)]
+        if len(shared) > 1 and not p.is_meta and runs_on not in (p.device, torch.device(p.device.type)):
+            raise HesscopeError(
+                f"Expected {' and '.join(shared)}, which are one parameter, to have one place, but it is on {p.device}, and "
+                f"{f'{prefix}.{path}'.strip('.')} is used on {runs_on}: give them the same one in device_map= of from_pretrained."
             )
 
 

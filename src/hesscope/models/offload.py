@@ -168,6 +168,16 @@ def offloaded(model: nn.Module) -> Offloaded | None:
     return store if store.names else None
 
 
+def placed_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, torch.device]]:
+    """Every parameter that accelerate has put on a device for good: its owner, its path inside it, itself, and that device."""
+    for prefix, module in model.named_modules():
+        for hook in _parts(getattr(module, "_hf_hook", None)):
+            if getattr(hook, "offload", True) or hook.execution_device is None:
+                continue
+            for path, parameter in module.named_parameters(recurse=hook.place_submodules):
+                yield prefix, path, parameter, _device(hook.execution_device)
+
+
 def _find(model: nn.Module) -> tuple[dict[str, _Place], list[tuple[Any, dict[str, str]]]]:
     first, places, hooks = aliases(model), {}, []
     for prefix, module in model.named_modules():

@@ -23,7 +23,7 @@ from hesscope.engines.block_graph import BlockGraph
 from hesscope.engines.output_block_graph import OutputBlockGraph
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss, output_weight
-from hesscope.memory import available_bytes
+from hesscope.memory import least_available
 from hesscope.models import named_parameters
 from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_every_use
 from hesscope.operators.graphs import merged, warn_of_unused
@@ -54,7 +54,7 @@ class BatchColumns(MatrixRun):
         self._problem, self._space = problem, space
         self.graph_bytes, self.planned_bytes = 0, 0
         self._uses, self._route = watch_every_use(problem, space), route
-        self._boxes = boxes_of(space, self._uses)
+        self._boxes = boxes_of(problem, space, self._uses)
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             problem.total(0)
         self._forward_flops = forward.get_total_flops()
@@ -200,13 +200,14 @@ class BatchColumns(MatrixRun):
         places = torch.tensor(work.places)
         if work.unit is None:
             return (start + places).to(self._space.device), graph.columns(c, places)
-        box, X_STc = self._boxes[work.name], graph.inputs(work.name)
+        box, X_STc, device = self._boxes[work.name], graph.inputs(work.name), self._space.device
         mine = (box.unit_at == work.unit).nonzero()[:, 0]
+        j = (start + mine).to(device)
         if X_STc is None:
-            return start + mine, torch.zeros(len(mine), self._space.size, dtype=self._space.dtype, device=mine.device)
+            return j, torch.zeros(len(mine), self._space.size, dtype=self._space.dtype, device=device)
         M_QSn = torch.cat([graph.responses(work.name, work.unit, q) for q in torch.split(places, plan.copies)])
-        X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(M_QSn.dtype)
-        return start + mine, X_SQj.permute(2, 1, 0).flatten(1) @ M_QSn.flatten(0, 1)
+        X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(device, M_QSn.dtype)
+        return j, X_SQj.permute(2, 1, 0).flatten(1) @ M_QSn.flatten(0, 1)
 
     def _add_own(self, plan: BatchPlan, graph: BlockGraph, work: Task, into_n: Tensor, weight: float) -> None:
         """Add what a unit's positions give to the diagonal, without the rest of its rows."""
@@ -214,9 +215,9 @@ class BatchColumns(MatrixRun):
         if X_STc is None:
             return
         places, mine = torch.tensor(work.places), (box.unit_at == work.unit).nonzero()[:, 0]
-        j = self._space.slices[work.name].start + mine
+        j = (self._space.slices[work.name].start + mine).to(into_n.device)
         found = [graph.responses(work.name, work.unit or 0, q)[..., j] for q in torch.split(places, plan.copies)]
-        X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(into_n.dtype)
+        X_SQj = X_STc[:, places.to(X_STc.device)][..., box.input_at[mine]].to(into_n.device, into_n.dtype)
         into_n[j] += weight * (X_SQj.transpose(0, 1) * torch.cat(found)).sum((0, 1))
 
     def _add(self, plan: BatchPlan, name: str, j: Tensor, rows_kn: Tensor, into: Tensor, weight: float) -> None:
@@ -250,7 +251,7 @@ class BatchColumns(MatrixRun):
         box, start = self._boxes[work.name], self._space.slices[work.name].start
         signs_j = counter_based.signs(counter_based.stream_key(0, "route"), torch.arange(len(j))).to(self._check)
         v_b = torch.zeros(box.shape[0] * box.shape[1], dtype=self._check.dtype, device=self._check.device)
-        v_b[box.place[j - start]] = signs_j
+        v_b[box.place[(j - start).to(box.device)].to(v_b.device)] = signs_j
         coordinates = self._space.coordinates
         right_n = torch.cat([torch.full((c.size,), self._is_whole(plan, work.name, c.name)) for c in coordinates])
         found_n, expected_n = signs_j @ self._check, graph.product(work.name, v_b.view(box.shape))
@@ -298,7 +299,7 @@ class BatchColumns(MatrixRun):
             return 1
         if not self.graph_bytes:
             self.graph_bytes = self._make_graph(0, frozenset(), 1, 1).bytes
-        return max(1, min(wanted, available_bytes(self._problem.device) // 2 // max(self.graph_bytes, 1)))
+        return max(1, min(wanted, least_available(self._problem.devices) // 2 // max(self.graph_bytes, 1)))
 
     def _units(self, counter: FlopCounterMode, work: Task, b: int) -> float:
         """Forward passes of one product; devices whose backward pass is not counted get the usual two."""

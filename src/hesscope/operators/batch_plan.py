@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesscope.engines.linear_uses import Box, Use, WatchUses
 from hesscope.losses import CausalLMLoss
-from hesscope.models import named_parameters, values_of
+from hesscope.models import device_of, named_parameters, values_of
 from hesscope.problem import Problem
 from hesscope.space import Coordinates, Space
 
@@ -115,14 +115,19 @@ def watch_every_use(problem: Problem, space: Space) -> list[dict[str, list[Use] 
     return [found[b] for b in range(len(problem.batches))]
 
 
-def boxes_of(space: Space, uses: list[dict[str, list[Use] | None]]) -> dict[str, Box]:
+def box_of(problem: Problem, c: Coordinates, unit_axis: int, weight: Tensor) -> Box:
+    """A linear layer's box, where the layer computes."""
+    return Box(c, unit_axis, device_of(problem.model, c.name, weight))
+
+
+def boxes_of(problem: Problem, space: Space, uses: list[dict[str, list[Use] | None]]) -> dict[str, Box]:
     """Boxes of the weights that are used in no batch by anything but linear layers, all the same way round."""
-    found = {}
+    found, named = {}, named_parameters(problem.model)
     for c in space.coordinates:
         calls = [batch[c.name] for batch in uses]
         axes = {use.unit_axis for batch in calls for use in batch or ()}
         if None not in calls and len(axes) == 1 and len(c.parameter_shape) == 2:
-            found[c.name] = Box(c, axes.pop())
+            found[c.name] = box_of(problem, c, axes.pop(), named[c.name])
     return found
 
 
@@ -134,7 +139,7 @@ def taken_apart(
     Where sequences may touch one another, the batch is one of them: what draws make of that is unbiased, too, with more spread.
     """
     uses = watch_every_use(problem, space)
-    boxes = {name: box for name, box in boxes_of(space, uses).items() if takes(name, box)}
+    boxes = {name: box for name, box in boxes_of(problem, space, uses).items() if takes(name, box)}
     found = []
     for b, used in enumerate(uses):
         tokens = sequences_and_length(problem, b)

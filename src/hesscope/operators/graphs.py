@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from hesscope.engines import Differential, Engine, Linearization
 from hesscope.errors import UnusedParameters
-from hesscope.memory import available_bytes
+from hesscope.memory import least_available
 from hesscope.models import sharded, state_key
 from hesscope.problem import Problem
 from hesscope.space import Space
@@ -34,7 +34,7 @@ def graph_memory_of(problem: Problem, limit: int | None) -> GraphMemory:
     """So many bytes; half of the free memory for None. Nothing stays of weights that are divided among processes."""
     if sharded(problem.model) is not None:
         return GraphMemory(0)
-    return GraphMemory(available_bytes(problem.device) // 2 if limit is None else limit)
+    return GraphMemory(least_available(problem.devices) // 2 if limit is None else limit)
 
 
 class KeptLinearizations:

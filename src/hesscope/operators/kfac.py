@@ -12,9 +12,15 @@ from hesscope.engines.linear_uses import Box, Use
 from hesscope.errors import HesscopeError, UnusedParameters
 from hesscope.losses import SamplingLoss
 from hesscope.memory import available_bytes
-from hesscope.models import state_key
+from hesscope.models import named_parameters, state_key
 from hesscope.operators.base import Operator
-from hesscope.operators.batch_plan import boxes_of, receives_every_position, sequences_and_length, watch_every_use
+from hesscope.operators.batch_plan import (
+    box_of,
+    boxes_of,
+    receives_every_position,
+    sequences_and_length,
+    watch_every_use,
+)
 from hesscope.operators.fisher import SampledBatches
 from hesscope.operators.kronecker import KroneckerBlock
 from hesscope.operators.kronecker_factors import KroneckerFactors, Labelled
@@ -93,7 +99,7 @@ def kfac(
     kind |= {} if microbatch is None else {"microbatch": microbatch}
     parts = problem if microbatch is None else microbatched(problem, microbatch)
     uses = watch_every_use(parts, space)
-    boxes = _linear_boxes(space, uses)
+    boxes = _linear_boxes(parts, space, uses)
     sequences = _sequences(parts, boxes, uses) if per == "sequence" else None
     _require_memory(space, boxes, corrected)
     labelled: Labelled = (
@@ -138,7 +144,9 @@ class KroneckerFactored(Operator):
 
     def known_diagonal(self) -> Vectors:
         blocks = self.blocks()
-        found = {c.name: blocks[c.name].diagonal().reshape(1, *c.shape) for c in self.space.whole.coordinates}
+        found = {
+            c.name: blocks[c.name].diagonal().reshape(1, *c.shape).to(c.device) for c in self.space.whole.coordinates
+        }
         return self.space.own(found)
 
     @property
@@ -186,13 +194,13 @@ def _require_settings(problem: Problem, corrected: bool, labels: str, samples: i
         )
 
 
-def _linear_boxes(space: Space, uses: _Uses) -> dict[str, Box]:
+def _linear_boxes(problem: Problem, space: Space, uses: _Uses) -> dict[str, Box]:
     """The boxes of all selected parameters; raises HesscopeError for one that is not the weight of a linear layer."""
-    boxes = boxes_of(space, uses)
+    boxes, named = boxes_of(problem, space, uses), named_parameters(problem.model)
     unused = []
     for c in space.coordinates:
         if len(c.parameter_shape) == 2 and all(batch[c.name] == [] for batch in uses):
-            boxes[c.name] = Box(c, c.unit_axis)
+            boxes[c.name] = box_of(problem, c, c.unit_axis, named[c.name])
             unused.append(c.name)
         elif c.name not in boxes:
             raise HesscopeError(
@@ -232,17 +240,18 @@ def _sequences(problem: Problem, boxes: dict[str, Box], uses: _Uses) -> list[int
 
 
 def _require_memory(space: Space, boxes: dict[str, Box], corrected: bool) -> None:
-    """Raise HesscopeError where the factors would not fit."""
-    needed, device = 0, torch.device("cpu")
+    """Raise HesscopeError where the factors would not fit, each on its layer's device."""
+    needed: dict[torch.device, int] = {}
     for box in boxes.values():
         R, C = (box.out_features, box.in_features) if corrected else box.shape
         # Eigenvectors are found one layer at a time, in float64 and with as much to work in.
-        needed += (R * R + C * C + R * C * corrected) * space.dtype.itemsize
-        device = box.place.device
-    free = available_bytes(device)
-    if needed > free:
-        raise HesscopeError(
-            f"Expected Kronecker factors that fit in memory: they take {needed / 2**30:.1f} GiB, of which "
-            f"{free / 2**30:.1f} are free; select fewer layers, or leave out the output projection, whose factor is as wide "
-            "as the vocabulary."
-        )
+        own = (R * R + C * C + R * C * corrected) * space.dtype.itemsize
+        needed[box.device] = needed.get(box.device, 0) + own
+    for device, size in needed.items():
+        free = available_bytes(device)
+        if size > free:
+            raise HesscopeError(
+                f"Expected Kronecker factors that fit in memory: they take {size / 2**30:.1f} GiB on {device}, of which "
+                f"{free / 2**30:.1f} are free; select fewer layers, or leave out the output projection, whose factor is as wide "
+                "as the vocabulary."
+            )

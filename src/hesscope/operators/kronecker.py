@@ -43,11 +43,11 @@ class KroneckerBlock(ABC):
         """How many numbers stand for the block."""
 
     def product(self, v_Kn: Tensor) -> Tensor:
-        """The block times every vector."""
+        """The block times every vector, where these are."""
         K, (r, c) = len(v_Kn), self._box.shape
-        X = v_Kn.new_zeros(K, r * c)
-        X[:, self._box.place] = v_Kn
-        return self.in_box(X.view(K, r, c)).reshape(K, r * c)[:, self._box.place]
+        X = torch.zeros(K, r * c, dtype=v_Kn.dtype, device=self._box.device)
+        X[:, self._box.place] = v_Kn.to(X.device)
+        return self.in_box(X.view(K, r, c)).reshape(K, r * c)[:, self._box.place].to(v_Kn.device)
 
 
 class KroneckerProduct(KroneckerBlock):

@@ -129,7 +129,7 @@ class _Sums:
     def __init__(self, box: Box, part: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         self._part, self._dtype = part, dtype
         R, C = (box.out_features, box.in_features) if part is None else (len(part[0]), len(part[1]))
-        self._G, self._A = (torch.zeros(k, k, dtype=dtype, device=box.place.device) for k in (R, C))
+        self._G, self._A = (torch.zeros(k, k, dtype=dtype, device=box.device) for k in (R, C))
         self._positions = torch.zeros(1, dtype=torch.float64)
         self._reached: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -15,7 +15,7 @@ import torch
 
 from hesscope.engines.linear_uses import Box
 from hesscope.engines.sequence_probes import RankOne, SequenceProbes
-from hesscope.memory import available_bytes
+from hesscope.memory import least_available
 from hesscope.models import state_key
 from hesscope.operators.batch_plan import sequences_and_length, taken_apart
 from hesscope.operators.graphs import merged, warn_of_unused
@@ -36,7 +36,7 @@ class ProbedDiagonal:
         self, problem: Problem, space: Space, limit: int | None, make_room: Callable[[], None] = lambda: None
     ) -> None:
         self._problem, self._space, self._make_room = problem, space, make_room
-        self._limit = available_bytes(problem.device) // 2 if limit is None else limit
+        self._limit = least_available(problem.devices) // 2 if limit is None else limit
         self.units, self._looked = 0.0, 1.0  # the look at the layers is paid for by the first draw
         self._plans = taken_apart(problem, space, lambda name, box: _is_full(space, box, name))
         self._checked = all(sequences == 1 for _, sequences in self._plans)
@@ -119,7 +119,7 @@ class ProbedDiagonal:
         """The probes of some sequences; one stream a draw, parameter and axis, with a row for each sequence."""
         found = {}
         for name, box in boxes.items():
-            rows = torch.tensor(sequences, device=box.units.device)[:, None]
+            rows = torch.tensor(sequences, device=box.device)[:, None]
             units = signs(stream_key(seed, stream, name, "units"), rows * box.out_features + box.units)
             inputs = signs(stream_key(seed, stream, name, "inputs"), rows * box.in_features + box.inputs)
             found[name] = RankOne(units.to(self._space.dtype), inputs.to(self._space.dtype))

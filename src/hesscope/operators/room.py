@@ -14,7 +14,7 @@ from hesscope.engines import Auto, Engine
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, largest_batch
 from hesscope.engines.streaming import Streamed
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes, is_limited, is_unlimited
+from hesscope.memory import available_together, is_limited, is_unlimited, least_available
 from hesscope.models import elsewhere, is_shadow, sharded
 from hesscope.problem import Problem
 from hesscope.space import Space
@@ -50,10 +50,10 @@ def make_room(
         return engine, None
     if is_unlimited():
         return engine, None
-    available = _free(problem)
+    available, least_of_one = _free(problem)
     if rough_bytes(problem, space) <= _PLENTY * available:
         return engine, None
-    found = problem.comm.on_first(lambda: _decide(engine, streamed, problem, space, available))
+    found = problem.comm.on_first(lambda: _decide(engine, streamed, problem, space, available, least_of_one))
     if not found.reason:
         return engine, found.left
     other = streamed()
@@ -71,19 +71,22 @@ class _Decision:
     left: int | None
 
 
-def _free(problem: Problem) -> int:
-    """What a process may take: those that share a machine's memory divide it, and all reckon with what the poorest has."""
-    device = problem.device
-    place = platform.node(), str(device) if device.type != "cpu" else "cpu"
-    told = problem.comm.gathered((place, available_bytes(device)))
+def _free(problem: Problem) -> tuple[int, int]:
+    """What a process may take on all of its devices, and on the one with least.
+
+    Those that share the devices, or a machine's memory, divide it, and all reckon with what the poorest has.
+    """
+    devices = problem.devices
+    place = platform.node(), sorted({str(device) if device.type == "cuda" else "cpu" for device in devices})
+    told = problem.comm.gathered((str(place), available_together(devices), least_available(devices)))
+    sharing = Counter(of for of, *_ in told)
     if is_limited():  # each process by itself
-        return min(free for _, free in told)
-    sharing = Counter(of for of, _ in told)
-    return min(free // sharing[of] for of, free in told)
+        sharing = Counter(sharing.keys())
+    return min(free // sharing[of] for of, free, _ in told), min(least // sharing[of] for of, _, least in told)
 
 
 def _decide(
-    engine: Engine, streamed: Callable[[], Engine], problem: Problem, space: Space, available: int
+    engine: Engine, streamed: Callable[[], Engine], problem: Problem, space: Space, available: int, least_of_one: int
 ) -> _Decision:
     try:
         runs = DryRuns(problem, space)
@@ -91,11 +94,11 @@ def _decide(
     except NotDry:
         return _Decision("", None)  # nothing is known, so nothing is refused
     if needed <= available:
-        return _Decision("", available - needed)
+        return _Decision("", min(available - needed, least_of_one))
     instead = _resident_if_it_runs(runs, streamed) if _may_give_way(engine) else None
     if instead is not None and instead <= available:
         reason = f"{_gigabytes(needed)} for {name_of(engine)} do not fit into {_gigabytes(available)}"
-        return _Decision(reason, available - instead)
+        return _Decision(reason, min(available - instead, least_of_one))
     least = needed if instead is None else min(needed, instead)
     free = f"{_gigabytes(available)} of memory that are free" + (" for each process" if problem.comm.ranks > 1 else "")
     raise HesscopeError(

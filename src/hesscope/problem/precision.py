@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from hesscope.models import sharded
+from hesscope.models import elsewhere
 from hesscope.problem.problem import Problem
 from hesscope.space import Space
 
 
 def in_float64(problem: Problem, space: Space) -> tuple[Problem, Space]:
-    """A float64 copy of the problem and the space over it; itself where it is float64, or where there can be none.
+    """A float64 copy of the problem and the space over it; itself where it is float64, or where there can be no copy.
 
-    Dropout masks depend on the dtype that they are drawn in, and weights that are divided among processes are not copied.
+    Dropout masks depend on the dtype that they are drawn in; offloaded weights come in the dtype that they have, and those that
+    are divided among processes are not copied.
     """
-    dtypes = {p.dtype for p in problem.model.parameters()}
-    if problem.dropout == "frozen" or dtypes == {torch.float64} or sharded(problem.model) is not None:
+    wide = all(p.dtype == torch.float64 for p in problem.model.parameters())
+    if wide or problem.dropout == "frozen" or elsewhere(problem.model) is not None:
         return problem, space
     return in_dtype(problem, space, torch.float64)
 
@@ -30,7 +31,9 @@ def in_float64(problem: Problem, space: Space) -> tuple[Problem, Space]:
 def in_dtype(problem: Problem, space: Space, dtype: torch.dtype) -> tuple[Problem, Space]:
     """A copy of the problem with weights and data in a dtype, and the space over it."""
     batches = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, problem.batches)
-    twin = problem.related(model=copy.deepcopy(problem.model).to(dtype), batches=batches)
+    model = copy.deepcopy(problem.model)
+    # accelerate puts a `to` on a model that it spreads, which in the copy would still convert the original.
+    twin = problem.related(model=type(model).to(model, dtype), batches=batches)
     return twin, Space([replace(c, dtype=dtype) for c in space.coordinates])
 
 

@@ -21,6 +21,7 @@ from hesscope.losses import Loss, MeanLoss, SplitLoss
 from hesscope.models import (
     borrowed,
     class_name,
+    devices_of,
     elsewhere,
     find_trunk,
     first_nonfinite_module,
@@ -44,7 +45,7 @@ class Problem:
     """The risk R(theta) = (1/N) sum over batches of loss.total(model, batch), with N the sum of their counts.
 
     Args:
-        model: any `torch.nn.Module` on one device. It is never changed: parameters are read through aliases, and
+        model: any `torch.nn.Module` on one device, or spread or offloaded by accelerate. It is never changed: parameters are read through aliases, and
             whatever is switched for the duration of a pass is switched back.
         loss: an object with `total(model, batch) -> (sum, count)`, or a function `(model, batch) -> mean`, which needs
             `count`.
@@ -61,7 +62,7 @@ class Problem:
             that is not the model's device, products are the streamed engine's.
 
     Raises:
-        HesscopeError: no batches, a mean without `count`, parameters on several devices, active dropout, an attention that
+        HesscopeError: no batches, a mean without `count`, parameters on several devices without hooks, active dropout, an attention that
             was asked for and that the model does not run.
     """
 
@@ -105,6 +106,11 @@ class Problem:
 
     def __repr__(self) -> str:
         return f"Problem({class_name(self.model)}, {type(self.loss).__name__}, {len(self.batches)} batches)"
+
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where parameters are used: `device`, and further ones of a model that is spread over several."""
+        return self.device, *sorted(devices_of(self.model) - {self.device}, key=str)
 
     # ---- counting
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
-from hesscope.results.base import Result
+from hesscope.results.base import Result, joined
 from hesscope.results.layer_rows import LayerRow, layer_lines, layer_rows
 from hesscope.results.statistics import t_quantile
 
@@ -36,8 +35,8 @@ class Diagonal(Result):
     seed: int
 
     def flat(self) -> Tensor:
-        """The diagonal as one tensor [n], in the selection's order."""
-        return torch.cat([v.reshape(-1) for v in self.values.values()])
+        """The diagonal as one tensor [n], in the selection's order, on the device of the first parameter."""
+        return joined(v.reshape(-1) for v in self.values.values())
 
     def interval(self, level: float = 0.95) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Lower and upper ends of every entry's two-sided confidence interval, by Student's t."""

@@ -54,7 +54,7 @@ class Outline:
 
 
 def joined(V: Mapping[str, Tensor | Divided]) -> Tensor:
-    """K whole vectors as one tensor [n, K]; raises HesscopeError for divided ones."""
+    """K whole vectors as one tensor [n, K], on the device of the first part; raises HesscopeError for divided ones."""
     flat = []
     for name, part in V.items():
         if isinstance(part, Divided):
@@ -63,4 +63,4 @@ def joined(V: Mapping[str, Tensor | Divided]) -> Tensor:
                 "(`own`), or save the result and load it."
             )
         flat.append(part.reshape(part.shape[0], -1))
-    return torch.cat(flat, 1).T
+    return torch.cat([part.to(flat[0].device) for part in flat], 1).T
