@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import hesscope as hs
-from hesscope.results import Diagonal
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "assets"
 pytestmark = [
@@ -36,21 +34,13 @@ def operator(name: str) -> hs.Operator:
     return hs.hessian(problem, hs.select(problem, name))
 
 
-@cache
-def exact(name: str) -> Tensor:
-    return hs.diagonal(operator(name), method="exact").flat().double()
-
-
-@cache
-def runs(name: str, method: str) -> list[Diagonal]:
-    return [hs.diagonal(operator(name), method=method, budget=BUDGET, seed=seed) for seed in range(SEEDS)]
-
-
 @pytest.mark.parametrize("method", list(COVERS))
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_mean_over_seeds_is_the_exact_diagonal(name: str, method: str) -> None:
-    """The mean's own error, from what the runs state, is what is left."""
-    d, found = exact(name), runs(name, method)
+def test_the_mean_over_seeds_is_the_exact_diagonal_and_intervals_cover(name: str, method: str) -> None:
+    """Of the mean its own error, from what the runs state, is what is left."""
+    H, shares = operator(name), []
+    d = hs.diagonal(H, method="exact").flat().double()
+    found = [hs.diagonal(H, method=method, budget=BUDGET, seed=seed) for seed in range(SEEDS)]
     gap = torch.stack([run.flat().double() for run in found]).mean(0) - d
     variances = torch.stack(
         [torch.cat([e.double().flatten() for e in run.standard_error.values()]) ** 2 for run in found]
@@ -58,14 +48,7 @@ def test_the_mean_over_seeds_is_the_exact_diagonal(name: str, method: str) -> No
     ratio = float(gap.square().sum() / (variances.sum() / SEEDS))
     # Thousands of entries, but few directions: the sum of squares spreads by about a fifth.
     assert 0.6 < ratio < 1.6
-
-
-@pytest.mark.parametrize("method", list(COVERS))
-@pytest.mark.parametrize("name", LAYERS)
-def test_intervals_cover(name: str, method: str) -> None:
-    d = exact(name)
-    shares = []
-    for run in runs(name, method):
+    for run in found:
         low, high = (torch.cat([part.flatten() for part in end.values()]).double() for end in run.interval())
         shares.append(float(((low <= d) & (d <= high)).double().mean()))
     least, most = COVERS[method]

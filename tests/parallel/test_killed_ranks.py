@@ -57,7 +57,7 @@ def wait_for_checkpoint(folder: Path, processes: dict[int, Started]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "kills"), [("data", 10), ("fsdp", 4)])
+@pytest.mark.parametrize(("layout", "kills"), [("data", 10), ("fsdp", 2)])
 def test_kills_at_random_moments_end_with_the_same_numbers(layout: str, kills: int, tmp_path: Path) -> None:
     """Every other one soon after a checkpoint, and every other one at any moment from the start on."""
     # Without a basis rounding grows from step to step, and another order of summing with it.
@@ -87,7 +87,7 @@ def test_kills_at_random_moments_end_with_the_same_numbers(layout: str, kills: i
             assert "Traceback" not in said_by(tmp_path, rank)
     assert set(ends(start(out, 2, *more, "--layout", layout), 240).values()) == {0}
     resumed.append(same(out, tmp_path / "whole"))
-    assert sum(resumed) >= kills // 2 - len(resumed)
+    assert sum(resumed) >= max(1, kills // 2 - len(resumed))
 
 
 def ends(processes: dict[int, Started], within: float) -> dict[int, int]:
