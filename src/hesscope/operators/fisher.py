@@ -22,8 +22,9 @@ from hesscope.losses import ChunkedHead, HasTerms, SamplingLoss, TokenMatrix, re
 from hesscope.losses.cross_entropy import cross_entropy_residual
 from hesscope.losses.sampling import sample_classes
 from hesscope.models import state_key
+from hesscope.operators.asked import own_precision, own_space
 from hesscope.operators.base import Operator
-from hesscope.operators.risk import CurvatureOfRisk, own_precision, own_space
+from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem
 from hesscope.space import Space
 from hesscope.space.random import resolve_seed, stream_key

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from hesscope.engines import make_output_engine
+from hesscope.operators.asked import own_precision, own_space
 from hesscope.operators.base import Operator
 from hesscope.operators.output_hessian import output_hessian
-from hesscope.operators.risk import CurvatureOfRisk, own_precision, own_space, with_objective
+from hesscope.operators.perplexity import with_objective
+from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem
 from hesscope.space import Space
 

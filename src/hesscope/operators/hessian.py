@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from hesscope.engines import make_engine
+from hesscope.operators.asked import own_precision, own_space
 from hesscope.operators.base import Operator
-from hesscope.operators.risk import CurvatureOfRisk, own_precision, own_space, with_objective
+from hesscope.operators.perplexity import with_objective
+from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem
 from hesscope.space import Space
 

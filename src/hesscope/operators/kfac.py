@@ -13,6 +13,7 @@ from hesscope.errors import HesscopeError, UnusedParameters
 from hesscope.losses import SamplingLoss
 from hesscope.memory import available_bytes
 from hesscope.models import named_parameters, state_key
+from hesscope.operators.asked import own_space
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_plan import (
     box_of,
@@ -25,7 +26,6 @@ from hesscope.operators.fisher import SampledBatches
 from hesscope.operators.kronecker import KroneckerBlock
 from hesscope.operators.kronecker_factors import KroneckerFactors, Labelled
 from hesscope.operators.matrix_run import DiagonalBlocks, MatrixRun
-from hesscope.operators.risk import own_space
 from hesscope.problem import Problem
 from hesscope.problem.microbatches import microbatched
 from hesscope.space import Coordinates, Space, Vectors

@@ -1,41 +1,36 @@
-"""A problem's curvature as an operator: the data loop and its one division; the perplexity's by a rank-one update."""
+"""A problem's curvature as an operator: the data loop and its one division."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from hesscope.arithmetic import in_words, multiplying, resolve_precision, tolerance
-from hesscope.communicator import ALONE, Communicator, Own
+from hesscope.arithmetic import in_words, multiplying, tolerance
+from hesscope.communicator import Communicator, Own
 from hesscope.engines import Auto, Engine, make_output_engine
 from hesscope.engines.output_tails import rebound
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.engines.streaming import Streamed, StreamedThroughOutputs
 from hesscope.engines.through_outputs import ThroughOutputs
-from hesscope.errors import HesscopeError
 from hesscope.losses import takes_kernel
-from hesscope.models import named_parameters, sharded, state_key
+from hesscope.models import state_key
+from hesscope.operators.asked import sum_dtype
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_columns import BatchColumns
-from hesscope.operators.composed import RankOne
 from hesscope.operators.graphs import GraphMemory, KeptLinearizations, graph_memory_of
-from hesscope.operators.matrix_run import MatrixRun, UnitVectors, matrix_run
+from hesscope.operators.matrix_run import MatrixRun, UnitVectors
 from hesscope.operators.output_hessian import OutputHessian
 from hesscope.operators.probed_diagonal import ProbedDiagonal
 from hesscope.operators.product_error import ProductError, are_stated, measure_product_error
 from hesscope.operators.room import make_room
 from hesscope.operators.sampled import sample
 from hesscope.operators.sampled_diagonal import SampledDiagonal, has_sampled_diagonal
-from hesscope.problem import Problem, select
+from hesscope.problem import Problem
 from hesscope.problem.microbatches import microbatched
 from hesscope.space import Division, Space, Vectors, vectors
-
-#: Engines that have passes in which everything is linear in the vectors.
-APART = (Auto.name, ReverseOverReverse.name, Streamed.name)
 
 
 class CurvatureOfRisk(Operator):
@@ -387,152 +382,3 @@ class CurvatureOfRisk(Operator):
         made = CurvatureOfRisk(problem, space, engine, 0, self._kind, self.positive_semidefinite, precision=precision)
         made._has_room = True  # that was looked at for all together
         return made
-
-
-class CurvatureOfPerplexity(Operator):
-    """P (A + g g^T) with P = exp(R): a rank-one update of the risk's Hessian or GGN, renewed when the parameters change."""
-
-    def __init__(self, of_risk: CurvatureOfRisk) -> None:
-        super().__init__(of_risk.space, of_risk.positive_semidefinite)
-        self._of_risk = of_risk
-        self._current: tuple[object, float, Operator, Vectors] | None = None
-
-    def _updated(self) -> tuple[float, Operator, Vectors]:
-        """P, the operator and g for the parameters as they are now."""
-        key = state_key(self._of_risk.problem.model)
-        if self._current is None or self._current[0] != key:
-            risk, gradient = self._of_risk.risk_and_gradient()
-            perplexity = math.exp(risk)
-            self._current = key, perplexity, perplexity * (self._of_risk + RankOne(self.space, gradient)), gradient
-        return self._current[1:]
-
-    def _matmat(self, V: Vectors) -> Vectors:
-        return self._updated()[1].matmat(V)
-
-    def narrowed(self, part: Space) -> CurvatureOfPerplexity:
-        return CurvatureOfPerplexity(self._of_risk.narrowed(part))
-
-    def matrix_run(self, route: str) -> MatrixRun:
-        return matrix_run(self._updated()[1], route)
-
-    @property
-    def probed_groups(self) -> int:
-        return self._of_risk.probed_groups
-
-    def probe_diagonal(self, seed: int, number: int) -> Vectors:
-        """P times a draw of A's diagonal, and P g^2, which is known."""
-        if not self.probed_groups:
-            return super().probe_diagonal(seed, number)
-        self.products += 1
-        perplexity, _, gradient = self._updated()
-        draw = self._of_risk.probe_diagonal(seed, number)
-        vectors.add_(draw, vectors.multiply(gradient, gradient))
-        return vectors.scale(draw, perplexity)
-
-    @property
-    def has_gauss_newton(self) -> bool:
-        return self._of_risk.has_gauss_newton
-
-    def gauss_newton_product(self, V: Vectors) -> Vectors:
-        """P (G + g g^T) V: what the perplexity's Hessian differs by from it is P (A - G)."""
-        if not self.has_gauss_newton:
-            return super().gauss_newton_product(V)
-        self.products += vectors.count(V)
-        perplexity, _, gradient = self._updated()
-        product = self._of_risk.gauss_newton_product(V)
-        vectors.add_(product, RankOne(self.space, gradient).matmat(V))
-        return vectors.scale(product, perplexity)
-
-    def draw_gauss_newton(self, seed: int, number: int) -> Vectors:
-        """P times a draw of diag(G), and P g^2, which is known."""
-        if not self.has_gauss_newton:
-            return super().draw_gauss_newton(seed, number)
-        self.products += 1
-        perplexity, _, gradient = self._updated()
-        draw = self._of_risk.draw_gauss_newton(seed, number)
-        vectors.add_(draw, vectors.multiply(gradient, gradient))
-        return vectors.scale(draw, perplexity)
-
-    def release(self) -> None:
-        """Drop the kept graphs; the next product builds them again."""
-        self._of_risk.release()
-
-    @property
-    def tolerance(self) -> float:
-        return self._of_risk.tolerance
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        return self._of_risk.sum_dtype
-
-    def product_error(self, seed: int = 0) -> ProductError:
-        """That of A's products."""
-        return self._of_risk.product_error(seed)
-
-    @property
-    def known_error(self) -> ProductError | None:
-        return self._of_risk.known_error
-
-    @property
-    def units(self) -> float:
-        return self._of_risk.units
-
-    @property
-    def comm(self) -> Communicator:
-        return self._of_risk.comm
-
-    def describe(self) -> dict[str, Any]:
-        perplexity, updated, _ = self._updated()
-        return self._of_risk.describe() | {"perplexity": perplexity, "composed": updated.describe()}
-
-    def origin(self) -> dict[str, Any] | None:
-        return self._of_risk.origin()
-
-
-def own_space(problem: object, space: object) -> Space:
-    """The space, or that of every trainable parameter for None.
-
-    Raises HesscopeError for what is no problem, no space, or another model's space.
-    """
-    if not isinstance(problem, Problem):
-        raise HesscopeError(
-            f"Expected a problem, from hs.causal_lm, hs.supervised or hs.Problem, got {type(problem).__name__}."
-        )
-    space = select(problem) if space is None else space
-    if not isinstance(space, Space):
-        raise HesscopeError(f"Expected a space, from hs.select(problem, ...), got {type(space).__name__}.")
-    shapes = {name: tuple(p.shape) for name, p in named_parameters(problem.model).items()}
-    if sharded(problem.model) is not None and problem.comm is ALONE:
-        raise HesscopeError(
-            "Expected the problem of a model whose weights are divided among processes to be divided, too: pass it through "
-            "hs.data_parallel(problem) on every process."
-        )
-    for c in space.coordinates:
-        if shapes.get(c.name) != c.parameter_shape:
-            raise HesscopeError(
-                f"Expected a selection from this problem's own model, but it has no {c.name!r} of shape "
-                f"{list(c.parameter_shape)}; call hs.select with this problem."
-            )
-    return space
-
-
-def sum_dtype(precision: str | None, dtype: torch.dtype) -> torch.dtype:
-    """In which products of batches are summed."""
-    return torch.float64 if precision == "float32" else dtype
-
-
-def own_precision(precision: str | None, problem: Problem, engine: str) -> str | None:
-    """The precision that was asked for, known to mean something for these weights, there, and with that engine."""
-    weights = {p.dtype for p in problem.model.parameters() if p.is_floating_point()}
-    found = resolve_precision(precision, weights, problem.device)
-    if found == "bfloat16" and engine not in APART:
-        raise HesscopeError(
-            f"Expected engine to be {', '.join(APART[:-1])} or {APART[-1]} with precision='bfloat16', got {engine!r}: its passes "
-            "mix what is linear in the vectors with what is not."
-        )
-    return found
-
-
-def with_objective(of_risk: CurvatureOfRisk) -> Operator:
-    """The operator for the problem's objective: of R itself, or of exp(R)."""
-    return of_risk if of_risk.problem.objective == "nll" else CurvatureOfPerplexity(of_risk)

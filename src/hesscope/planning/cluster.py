@@ -28,7 +28,7 @@ from hesscope.engines.dry import DryRuns
 from hesscope.errors import HesscopeError
 from hesscope.memory import parse_bytes
 from hesscope.models import find_trunk
-from hesscope.operators.risk import own_space
+from hesscope.operators.asked import own_space
 from hesscope.problem import Problem, select
 from hesscope.results.plan import in_bytes, in_seconds
 from hesscope.space import Space

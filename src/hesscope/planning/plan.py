@@ -17,8 +17,8 @@ from hesscope.engines.dry import DryProduct, DryRuns, NotDry, elements, largest_
 from hesscope.errors import HesscopeError
 from hesscope.memory import available_bytes, memory_limit, parse_bytes
 from hesscope.models import is_shadow, offloaded
+from hesscope.operators.asked import APART, own_precision, own_space, sum_dtype
 from hesscope.operators.output_hessian import OutputHessian
-from hesscope.operators.risk import APART, own_precision, own_space, sum_dtype
 from hesscope.planning.extrapolation import extrapolated
 from hesscope.planning.fitting import Room, largest_batch_size, largest_length, largest_vectors
 from hesscope.planning.speed import Clock, Trial, measure_rates, trial
