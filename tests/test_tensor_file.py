@@ -34,6 +34,10 @@ class Rowwise(Pieces):
 def test_pieces_make_the_file_of_a_whole_tensor(tmp_path: Path) -> None:
     tensors = {f"of {name}": torch.arange(12).view(3, 4).to(dtype) for dtype, name in NAMES.items()}
     tensors |= {"empty": torch.zeros(0, 3), "transposed": torch.arange(6.0).view(2, 3).T, "number": torch.tensor(2.0)}
+    tensors |= {
+        "one of a column": torch.arange(10.0)[::5][1:],
+        "one of a table": torch.arange(10.0).view(2, 5)[1:, 2:3],
+    }
     given: dict[str, Tensor | Pieces] = {**tensors, "of F16": Rowwise(tensors["of F16"]), "last": Rowwise(torch.eye(3))}
     with (tmp_path / "x").open("wb") as file, Outgoing(given) as outgoing:
         place, sums = outgoing.write(file, {"what": "a test"})

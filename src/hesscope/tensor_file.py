@@ -97,4 +97,6 @@ class Outgoing:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, of a tensor in main memory without a copy."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    whole = tensor.detach().cpu().contiguous()
+    # A single number is contiguous whatever its stride, which would stay with it.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
