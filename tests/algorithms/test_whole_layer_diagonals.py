@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import hesscope as hs
 
@@ -34,12 +35,16 @@ def operator(name: str) -> hs.Operator:
     return hs.hessian(problem, hs.select(problem, name))
 
 
+@cache
+def exact(name: str) -> Tensor:
+    return hs.diagonal(operator(name), method="exact").flat().double()
+
+
 @pytest.mark.parametrize("method", list(COVERS))
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_mean_over_seeds_is_the_exact_diagonal_and_intervals_cover(name: str, method: str) -> None:
     """Of the mean its own error, from what the runs state, is what is left."""
-    H, shares = operator(name), []
-    d = hs.diagonal(H, method="exact").flat().double()
+    H, d, shares = operator(name), exact(name), []
     found = [hs.diagonal(H, method=method, budget=BUDGET, seed=seed) for seed in range(SEEDS)]
     gap = torch.stack([run.flat().double() for run in found]).mean(0) - d
     variances = torch.stack(
