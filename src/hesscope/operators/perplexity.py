@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +52,7 @@ class CurvatureOfPerplexity(Operator):
         """P times a draw of A's diagonal, and P g^2, which is known."""
         if not self.probed_groups:
             return super().probe_diagonal(seed, number)
-        self.products += 1
-        perplexity, _, gradient = self._updated()
-        draw = self._of_risk.probe_diagonal(seed, number)
-        vectors.add_(draw, vectors.multiply(gradient, gradient))
-        return vectors.scale(draw, perplexity)
+        return self._with_gradient(lambda: self._of_risk.probe_diagonal(seed, number))
 
     @property
     def has_gauss_newton(self) -> bool:
@@ -75,11 +72,15 @@ class CurvatureOfPerplexity(Operator):
         """P times a draw of diag(G), and P g^2, which is known."""
         if not self.has_gauss_newton:
             return super().draw_gauss_newton(seed, number)
+        return self._with_gradient(lambda: self._of_risk.draw_gauss_newton(seed, number))
+
+    def _with_gradient(self, draw: Callable[[], Vectors]) -> Vectors:
+        """P (a draw of the risk's diagonal + g^2)."""
         self.products += 1
         perplexity, _, gradient = self._updated()
-        draw = self._of_risk.draw_gauss_newton(seed, number)
-        vectors.add_(draw, vectors.multiply(gradient, gradient))
-        return vectors.scale(draw, perplexity)
+        found = draw()
+        vectors.add_(found, vectors.multiply(gradient, gradient))
+        return vectors.scale(found, perplexity)
 
     def release(self) -> None:
         """Drop the kept graphs; the next product builds them again."""

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -158,12 +157,6 @@ class Result(ABC):
                 if not values[field.name]:
                     raise HesscopeError(f"Expected {field.name!r} in a result of kind {cls.kind!r}; it is missing.")
         return cls(**values)
-
-
-def joined(parts: Iterable[Tensor]) -> Tensor:
-    """Parameters' parts of vectors side by side, along the last axis, on the device of the first."""
-    found = list(parts)
-    return torch.cat([part.to(found[0].device) for part in found], -1)
 
 
 def jsonable(value: Any) -> Any:

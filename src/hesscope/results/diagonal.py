@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from hesscope.errors import HesscopeError
-from hesscope.results.base import Result, joined
+from hesscope.results.base import Result
 from hesscope.results.layer_rows import LayerRow, layer_lines, layer_rows
 from hesscope.results.statistics import t_quantile
+from hesscope.space.divided import joined
 
 #: Layers that a summary lists.
 _MOST_LAYERS = 12
@@ -36,7 +37,7 @@ class Diagonal(Result):
 
     def flat(self) -> Tensor:
         """The diagonal as one tensor [n], in the selection's order, on the device of the first parameter."""
-        return joined(v.reshape(-1) for v in self.values.values())
+        return joined({name: v[None] for name, v in self.values.items()})[:, 0]
 
     def interval(self, level: float = 0.95) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Lower and upper ends of every entry's two-sided confidence interval, by Student's t."""
