@@ -41,12 +41,17 @@ def _read(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor]) -> Vector
             raise HesscopeError(
                 "Expected start to be a result on the same selection as this operator; select it again."
             )
-        return vectors.in_dtype(H.space.place(H.space.own(start.vectors)), H.dtype)
+        return vectors_of(H, start)
     if isinstance(start, dict):
         return H.space.from_dict(start)
     if start.dim() not in (1, 2) or start.shape[0] != H.space.size or start.numel() == 0:
         raise HesscopeError(f"Expected a start vector of shape [{H.space.size}], got {list(start.shape)}.")
     return H.space.unflatten(start if start.dim() == 2 else start[:, None])
+
+
+def vectors_of(H: Operator, pairs: Eigenpairs) -> Vectors:
+    """A result's eigenvectors as vectors of an operator on the same selection."""
+    return vectors.in_dtype(H.space.place(H.space.own(pairs.vectors)), H.dtype)
 
 
 def start_digest(H: Operator, given: Vectors | None) -> str | None:

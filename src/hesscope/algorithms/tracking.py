@@ -14,12 +14,12 @@ from torch import Tensor
 from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.driver import provenance, versions
 from hesscope.algorithms.eigs import eigs
-from hesscope.algorithms.starting import start_digest, start_vectors
+from hesscope.algorithms.starting import start_digest, start_vectors, vectors_of
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs, EigsTrack, load
 from hesscope.results.base import MANIFEST, jsonable
-from hesscope.space import Space, vectors
+from hesscope.space import Space
 from hesscope.space.divided import Divided
 from hesscope.space.random import resolve_seed
 
@@ -171,7 +171,7 @@ class _Track:
     def add(self, name: str, H: Operator, pairs: Eigenpairs, without: Eigenpairs | None) -> None:
         """Take in a checkpoint."""
         if self.last is not None:
-            inner = H.space.inner(_vectors(H, self.last), _vectors(H, pairs))
+            inner = H.space.inner(vectors_of(H, self.last), vectors_of(H, pairs))
             self._cosines.append(torch.linalg.svdvals(inner).clamp(max=1.0))
         self._pairs.append((name, pairs.eigenvalues, pairs.residuals, pairs.converged))
         self._spent.append(pairs.products)
@@ -199,10 +199,6 @@ class _Track:
 def _alone(part: Tensor | Divided) -> Tensor | Divided:
     """Vectors that do not hold on to the model they are of."""
     return part.alone() if isinstance(part, Divided) else part
-
-
-def _vectors(H: Operator, pairs: Eigenpairs) -> dict[str, Tensor]:
-    return vectors.in_dtype(H.space.place(H.space.own(pairs.vectors)), H.dtype)
 
 
 def _difference(one: Space, other: Space) -> str:
