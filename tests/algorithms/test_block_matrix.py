@@ -66,12 +66,11 @@ def test_a_block_of_several_parameters_is_labelled_in_the_selections_order() -> 
 
 def test_a_block_beyond_memory_is_refused_with_the_largest_size_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(torch.eye(50, dtype=torch.float64))
-    module = importlib.import_module("hesscope.algorithms.block")  # the package's name `block` is the function
-    monkeypatch.setattr(module, "available_bytes", lambda _: 3 * 40 * 40 * 8)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 3 * 40 * 40 * 8)
     with pytest.raises(hs.HesscopeError, match=r"50 x 50 needs .* GiB.* select at most 40 coordinates"):
         hs.block(counted.operator())
     assert counted.calls == 0
-    monkeypatch.setattr(module, "available_bytes", lambda _: 3 * 50 * 50 * 8)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 3 * 50 * 50 * 8)
     hs.block(counted.operator())
 
 

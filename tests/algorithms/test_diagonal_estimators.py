@@ -207,7 +207,7 @@ def test_impossible_requests_are_refused(arguments: dict[str, Any], message: str
 
 
 def test_vectors_that_do_not_fit_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hesscope.algorithms.diagonals.scheduled.available_bytes", lambda _: 100 * 200 * 8)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 100 * 200 * 8)
     H = hs.operator(generic(200))
     for method in ("nystrom", "xdiag"):
         with pytest.raises(hs.HesscopeError, match="Lower the budget, or use method='hutchinson'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 
 import numpy as np
@@ -156,8 +155,7 @@ def test_a_noisy_operator_is_reported_as_not_converged() -> None:
 
 def test_a_basis_that_fills_the_memory_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     A = symmetric(SPECTRA["indefinite"])
-    module = importlib.import_module("hesscope.algorithms.basis")
-    monkeypatch.setattr(module, "available_bytes", lambda _: 10 * 2 * 40 * 8)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 10 * 2 * 40 * 8)
     found = hs.eigs(hs.operator(A), k=3, tol=1e-10)
     assert found.converged
     assert found.steps > 10

@@ -13,6 +13,7 @@ from architectures import tiny
 from hesscope.algorithms.planning import plan_block
 from hesscope.engines import make_engine
 from hesscope.models import load_model, load_skeleton
+from hesscope.operators import free
 
 ENGINE = "reverse-over-reverse"
 
@@ -34,10 +35,10 @@ def test_a_run_takes_no_more_products_and_forward_passes_than_planned(size: int)
 def test_a_block_that_is_planned_to_fit_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_block(40, 4, make_engine(ENGINE))
     H = hs.operator(torch.eye(40))
-    for name in ("block", "structure"):
-        monkeypatch.setattr(sys.modules[f"hesscope.algorithms.{name}"], "available_bytes", lambda _: plan.peak_bytes)
+    for module in (free, sys.modules["hesscope.algorithms.structure"]):
+        monkeypatch.setattr(module, "available_bytes", lambda _: plan.peak_bytes)
     assert hs.structure(H).size == 40
-    monkeypatch.setattr(sys.modules["hesscope.algorithms.block"], "available_bytes", lambda _: plan.peak_bytes - 1)
+    monkeypatch.setattr(free, "available_bytes", lambda _: plan.peak_bytes - 1)
     with pytest.raises(hs.HesscopeError, match="at most 39"):
         hs.structure(H)
 

@@ -190,7 +190,7 @@ def test_labels_for_a_sign_vector() -> None:
 def test_auto_chooses_it_where_the_model_is_linear(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     H = linear()
     if lean:
-        monkeypatch.setattr("hesscope.algorithms.diagonals.scheduled.available_bytes", lambda _: 100 * 180 * 8)
+        monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 100 * 180 * 8)
     before = H.units
     found = hs.diagonal(H, budget=120)
     record = found.provenance["estimator"]

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
@@ -45,8 +46,9 @@ from hesscope.engines import make_engine
 from hesscope.engines.dry import DryRuns
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import RankLost
-from hesscope.models import is_sharded
-from hesscope.operators import room
+from hesscope.models import is_sharded, load_model, load_skeleton
+from hesscope.models.offload import Offloaded
+from hesscope.operators import free, room
 from hesscope.parallel.ranks import Ranks
 from hesscope.space import vectors
 from hesscope.tensor_file import Outgoing
@@ -162,7 +164,27 @@ def given_out(folder: Path) -> dict[str, Any]:
     found["another dtype"] = _complaint(lambda: hs.fully_shard_model(other))
     with _most_at_once() as most:
         hs.fully_shard_model(tiny("llama") if first else _empty("llama"))
-    return found | {"most": most[0]}
+    found["most"] = most[0]
+    for name in ("qwen2", "gpt2"):
+        if first:
+            tiny(name).save_pretrained(folder / name)
+        dist.barrier()
+        with _most_from_disk() as most:
+            model = hs.fully_shard_model(
+                _on_disk(name, folder) if first else load_skeleton(folder / name, torch.float64)
+            )
+        found[f"{name} from disk"] = {key: x.full_tensor() for key, x in model.state_dict().items()}  # type: ignore[attr-defined]
+        found[f"{name} from disk, most"] = most[0]
+        problem = hs.data_parallel(hs.causal_lm(model, ragged_batches()))
+        found[f"{name} from disk, product"] = hs.hessian(problem) @ torch.ones(
+            hs.hessian(problem).shape[0], dtype=torch.float64
+        )
+    return found
+
+
+def _on_disk(name: str, folder: Path) -> nn.Module:
+    """The same with its weights left in files."""
+    return load_model(folder / name, torch.float64, device_map="disk", offload_folder=folder / f"{name} weights")
 
 
 def _empty(name: str) -> nn.Module:
@@ -172,6 +194,25 @@ def _empty(name: str) -> nn.Module:
     with torch.device("meta"):
         made: nn.Module = type(model)(config)
     return made.to(next(model.parameters()).dtype).eval()
+
+
+@contextmanager
+def _most_from_disk() -> Iterator[list[int]]:
+    """The most weights read from disk that a process has at a time."""
+    most, alive = [0], []
+    real = Offloaded.load
+
+    def load(self: Any, name: str) -> Tensor:
+        value = real(self, name)
+        alive.append((StorageWeakRef(value.untyped_storage()), value.numel()))
+        most[0] = max(most[0], sum(count for storage, count in alive if not storage.expired()))
+        return value
+
+    Offloaded.load = load  # type: ignore[method-assign]
+    try:
+        yield most
+    finally:
+        Offloaded.load = real  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -540,8 +581,8 @@ def rooms(folder: Path) -> dict[str, Any]:
     graph, streamed = (runs.product(lambda name=name: make_engine(name)).resident for name in ENDS)
     v = torch.ones(space.size, dtype=torch.float64)
     plain, found = hs.hessian(problem, space, ENDS[0]) @ v, {}
-    for what, free in {"plenty": 2 * graph, "little": graph + streamed, "none": 2 * (streamed // 2)}.items():
-        seen = free if dist.get_rank() == dist.get_world_size() - 1 else 2**40
+    for what, room_for in {"plenty": 2 * graph, "little": graph + streamed, "none": 2 * (streamed // 2)}.items():
+        seen = room_for if dist.get_rank() == dist.get_world_size() - 1 else 2**40
         with _seeing(seen):
             H = hs.hessian(problem, space)
             gaps: list[float] = []
@@ -551,15 +592,14 @@ def rooms(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _seeing(free: int) -> Iterator[None]:
+def _seeing(seen: int) -> Iterator[None]:
     """As if so many bytes were free, of which an ordinary product may take a good part."""
-    real = room.available_together, room.least_available, room._PLENTY
-    room.available_together = room.least_available = lambda _: free
-    room._PLENTY = 0.0
+    real = free.available_bytes, room._PLENTY
+    free.available_bytes, room._PLENTY = lambda _: seen, 0.0
     try:
         yield
     finally:
-        room.available_together, room.least_available, room._PLENTY = real
+        free.available_bytes, room._PLENTY = real
 
 
 def in_bfloat16(share: Callable[[hs.Problem], hs.Problem]) -> dict[str, Tensor]:
@@ -609,13 +649,17 @@ def commands(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def sharded_commands(folder: Path) -> dict[str, tuple[int, str]]:
-    """A folder that is compared with one process's, and a run that one process has begun."""
+    """Folders that are compared with one process's, and a run that one process has begun."""
+    eigs = ["eigs", *DEMO, "-k", "2", "--tol", "0.01", "--engine", "streamed"]
     verbs = {
-        "sharded-eigs": ["eigs", *DEMO, "-k", "2", "--tol", "0.01", "--engine", "streamed"],
+        "sharded-eigs": eigs,
+        "sharded-from-disk": eigs,  # of what rank 0 reads there
         "sharded-from-one": [*DENSITY, *STREAMED],
     }
-    more = ["--layout", "fsdp"] if "RANK" in os.environ else []
-    return {name: _run([*verb, *more, "--output-dir", str(folder / name)]) for name, verb in verbs.items()}
+    if "RANK" in os.environ:
+        verbs = {name: [*verb, "--layout", "fsdp"] for name, verb in verbs.items()}
+        verbs["sharded-from-disk"] += ["--device-map", "disk", "--offload-folder", str(folder / "weights")]
+    return {name: _run([*verb, "--output-dir", str(folder / name)]) for name, verb in verbs.items()}
 
 
 def interrupted(folder: Path, name: str = "to-one", *more: str) -> tuple[int, str]:

@@ -216,6 +216,24 @@ def test_no_other_rank_has_more_than_a_block_at_a_time(two: list[dict[str, Any]]
     assert [rank["given_out"]["most"] for rank in two] == [max(block, rest)] * 2
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_rank_0_gives_out_what_is_on_disk_and_has_a_block_at_a_time(two: list[dict[str, Any]], name: str) -> None:
+    for rank in two:
+        found, whole = rank["given_out"], rank["given_out"][name]
+        assert list(found[f"{name} from disk"]) == list(whole)
+        assert all(torch.equal(found[f"{name} from disk"][key], x) for key, x in whole.items())
+        assert (
+            relative(found[f"{name} from disk, product"], found[f"{name}, product"]) < 1e-6
+        )  # its frequencies are float32
+    model = tiny(name)
+    trunk = model.model.layers if name == "qwen2" else model.transformer.h
+    block = sum(x.numel() for x in trunk[0].parameters())
+    rest = sum(x.numel() for x in model.parameters()) - len(trunk) * block
+    most = [rank["given_out"][f"{name} from disk, most"] for rank in two]
+    assert max(block, rest) <= most[0] < block + rest
+    assert most[1] == 0
+
+
 def test_empty_models_that_rank_0_cannot_fill_are_refused_everywhere(two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert "Expected rank 0 to have loaded the model" in rank["given_out"]["all empty"]
@@ -223,7 +241,7 @@ def test_empty_models_that_rank_0_cannot_fill_are_refused_everywhere(two: list[d
 
 
 def test_commands_write_the_folders_of_one_process(two: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert [status for rank in two for status, _ in rank["sharded_commands"].values()] == [0] * 4
+    assert [status for rank in two for status, _ in rank["sharded_commands"].values()] == [0] * 6
     assert {status for status, _ in sharded_commands(tmp_path).values()} == {0}
     for name in two[0]["sharded_commands"]:
         assert_same_result(folder / name, tmp_path / name, "fully sharded", shards=2)

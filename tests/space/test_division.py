@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,12 +81,7 @@ def test_totals_are_those_of_all_processes(space: Space) -> None:
     assert float(space.total(lambda c: ones[c.name].sum())) == space.size == 33
 
 
-def test_a_gpu_has_a_ranks_part_and_main_memory_those_of_a_machine(
-    space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    gpu: Any = SimpleNamespace(type="cuda")
-    assert (space.own_size, space.size_on(gpu), space.size_on()) == (9, 9, 36)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert space.size_on() == 18
-    assert space.whole.size_on() == 33
+def test_sizes_are_those_of_a_process(space: Space) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert (space.own_size, space.sizes(), space.sizes(gpu)) == (9, {cpu: 9}, {gpu: 9})
+    assert space.whole.sizes() == {cpu: 33}

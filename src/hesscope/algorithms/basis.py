@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,12 +61,6 @@ class Home:
     def itemsize(self, space: Space) -> int:
         """Bytes a number."""
         return (self.dtype or space.dtype).itemsize
-
-    def free_bytes(self, space: Space) -> int:
-        """What a basis of this space could take here."""
-        if self.folder is not None:
-            return shutil.disk_usage(self.folder).free
-        return available_bytes(self.device or space.device)
 
 
 class Basis:
@@ -179,8 +172,8 @@ class Basis:
         """Main memory is not taken before it is touched, so that a basis there hardly ever has to grow, which copies it."""
         if (self._home.device or self._space.device).type != "cpu":
             return _FIRST_ROWS
-        row = max(self._space.size_on(self._home.device) * self._home.itemsize(self._space), 1)
-        return max(_FIRST_ROWS, self._home.free_bytes(self._space) // 2 // row)
+        row = max(self._space.own_size * self._home.itemsize(self._space), 1)
+        return max(_FIRST_ROWS, available_bytes(torch.device("cpu")) // 2 // row)
 
     def _grow(self, name: str) -> None:
         rows = self._rows[name]

@@ -11,8 +11,9 @@ from hesscope.algorithms.checkpoint import Checkpoint, opened
 from hesscope.algorithms.driver import drive
 from hesscope.algorithms.filling import ROWS, Filling
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes, free_disk_bytes
+from hesscope.memory import free_disk_bytes
 from hesscope.operators import Operator
+from hesscope.operators.free import free_on
 from hesscope.results import Block
 
 #: The matrix, and two more while it is written to a file.
@@ -70,7 +71,7 @@ def symmetrize_(A_nn: Tensor) -> float:
 
 def _require_room(H: Operator, checkpoint: str | Path | Checkpoint | None) -> None:
     """Raise HesscopeError where memory or, for a run with a checkpoint, the disk is too small."""
-    _require(H, "memory", COPIES, H.comm.on_first(lambda: available_bytes(H.space.device)))
+    _require(H, "memory", COPIES, free_on(H.comm, [H.space.device])[0])
     if checkpoint is not None:
         folder = opened(checkpoint).folder.absolute()
         _require(H, "the disk", FILES, H.comm.on_first(lambda: free_disk_bytes(folder)))

@@ -19,6 +19,7 @@ from hesscope.algorithms.starting import start_digest, start_vectors, warm_start
 from hesscope.algorithms.wanted import WHICH, ends, wanted, worth_keeping
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.operators import Operator
+from hesscope.operators.free import vectors_that_fit
 from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
 
@@ -160,8 +161,7 @@ def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> in
     n, least = H.space.size, min(k + 2, H.space.size)
     if max_basis is not None and max_basis < least:
         raise HesscopeError(f"Expected max_basis of at least {least} for {k} pairs, got {max_basis}.")
-    row = H.space.size_on(home.device) * home.itemsize(H.space)
-    fits = H.comm.on_first(lambda: home.free_bytes(H.space) // (2 * row))  # of divided ones rank 0 has the most
+    fits = vectors_that_fit(H.comm, H.space, home.itemsize(H.space), home.device, home.folder) // 2
     if fits < least:
         raise HesscopeError(
             f"Expected room for a basis of {least} vectors of {n} coordinates; only {fits} fit. Try basis_device='cpu', "

@@ -12,8 +12,8 @@ from hesscope.algorithms.diagonals import exact_entries, products_needed
 from hesscope.algorithms.driver import drive
 from hesscope.algorithms.traces import Hutchinson, HutchPlusPlus, TraceEstimator, XNysTrace, XTrace
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
 from hesscope.operators import Operator
+from hesscope.operators.free import vectors_that_fit
 from hesscope.results import Trace
 
 _METHODS = ("auto", "exact", "hutchinson", "hutch++", "xtrace", "xnystrace")
@@ -79,9 +79,7 @@ def trace(
 
 
 def _choice(H: Operator, budget: int) -> str:
-    vectors_needed = 2 * min(budget, H.space.size)
-    needed = vectors_needed * H.space.size_on() * H.dtype.itemsize
-    fits = H.comm.on_first(lambda: needed < available_bytes(H.space.device) // 2)
+    fits = vectors_that_fit(H.comm, H.space, H.dtype.itemsize) > 4 * min(budget, H.space.size)
     return "xnystrace" if H.positive_semidefinite and fits and budget >= 15 else "hutchinson"
 
 

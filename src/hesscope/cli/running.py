@@ -92,7 +92,8 @@ def make_problem(common: CommonOptions) -> Problem:
     data: Any = common.data
     keywords["model"] = model_source(common)
     if common.layout != "data":
-        keywords |= {"model": _divided_model(common), "dtype": None, "device": None}
+        keywords |= {"model": _divided_model(common)}
+        keywords |= dict.fromkeys(("dtype", "device", "device_map", "offload_folder"))
     if common.data == _DEMO:
         from hesscope.assets import prose
 
@@ -105,14 +106,17 @@ def _divided_model(common: CommonOptions) -> nn.Module:
     from hesscope.models import load_model, load_skeleton
     from hesscope.models.loading import resolve_dtype
 
-    if common.device_map is not None or common.offload_folder is not None:
-        raise HesscopeError(
-            f"Expected no --device-map or --offload-folder with --layout {common.layout}: leave them out."
-        )
+    if common.device_map not in (None, "disk"):
+        raise HesscopeError(f"Expected no --device-map but disk with --layout {common.layout}: leave it out.")
+    if common.device_map is None and common.offload_folder is not None:
+        raise HesscopeError("Expected --device-map disk with --offload-folder.")
     name, dtype = model_source(common), resolve_dtype(common.dtype)
     hub: dict[str, Any] = {} if common.revision is None else {"revision": common.revision}
+    places: dict[str, Any] = {"device": "cpu"}
+    if common.device_map == "disk":
+        places = {"device_map": "disk", "offload_folder": common.offload_folder}
     return divided_model(
-        common.layout, lambda: load_model(name, dtype, "cpu", **hub), lambda: load_skeleton(name, dtype, **hub)
+        common.layout, lambda: load_model(name, dtype, **places, **hub), lambda: load_skeleton(name, dtype, **hub)
     )
 
 

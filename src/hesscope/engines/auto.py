@@ -21,7 +21,7 @@ from hesscope.engines.forward_context import NotInForwardMode
 from hesscope.engines.forward_mode import ForwardMode, ForwardOverReverse, ReverseOverForward
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
+from hesscope.memory import available_together
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
@@ -149,7 +149,7 @@ def _does_not_fit(kind: type[ForwardMode], problem: Problem, space: Space, count
         needed = DryRuns(problem, space).product(kind, count, checked=False).resident
     except HesscopeError:
         return ""
-    available = available_bytes(problem.device)
+    available = available_together(problem.devices)
     return f"not tried (would take {needed / 1e9:.2f} GB of {available / 1e9:.2f})" if needed > available else ""
 
 

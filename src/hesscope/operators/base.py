@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
+from hesscope.operators.free import free_on
 from hesscope.space import Space, Vectors, vectors
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Operator(ABC):
         """
         n = self.space.size
         needed = 2 * n * n * self.dtype.itemsize
-        available = self.comm.on_first(lambda: available_bytes(self.space.device))
+        available, _ = free_on(self.comm, [self.space.device])
         if needed > available:
             raise HesscopeError(
                 f"Expected a matrix of {n} x {n} to fit in memory: it takes {needed / 1e9:.1f} GB on the way, and "

@@ -25,7 +25,7 @@ from hesscope.arithmetic import in_words
 from hesscope.communicator import ALONE
 from hesscope.engines.checking import short_slice
 from hesscope.errors import HesscopeError, UnusedParameters
-from hesscope.memory import available_bytes, is_unlimited
+from hesscope.memory import available_together, is_unlimited
 from hesscope.models import elsewhere
 from hesscope.operators.room import rough_bytes
 from hesscope.problem import Problem
@@ -150,7 +150,7 @@ def _require_possible(A: Source, small: Problem, converts: bool, against: str) -
     needed = sum(p.numel() * (p.itemsize + wide) for p in A.problem.model.parameters()) + 3 * rough_bytes(
         small, A.space
     )
-    available = available_bytes(A.problem.device)
+    available = available_together(A.problem.devices)
     if needed > available and not is_unlimited():
         raise HesscopeError(
             f"a copy of the weights in {against} takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free"

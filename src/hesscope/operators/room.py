@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +12,9 @@ from hesscope.engines import Auto, Engine
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, largest_batch
 from hesscope.engines.streaming import Streamed
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_together, is_limited, is_unlimited, least_available
+from hesscope.memory import is_unlimited
 from hesscope.models import elsewhere, is_shadow, sharded
+from hesscope.operators.free import free_on
 from hesscope.problem import Problem
 from hesscope.space import Space
 
@@ -50,7 +49,7 @@ def make_room(
         return engine, None
     if is_unlimited():
         return engine, None
-    available, least_of_one = _free(problem)
+    available, least_of_one = free_on(problem.comm, problem.devices)
     if rough_bytes(problem, space) <= _PLENTY * available:
         return engine, None
     found = problem.comm.on_first(lambda: _decide(engine, streamed, problem, space, available, least_of_one))
@@ -69,20 +68,6 @@ class _Decision:
 
     reason: str
     left: int | None
-
-
-def _free(problem: Problem) -> tuple[int, int]:
-    """What a process may take on all of its devices, and on the one with least.
-
-    Those that share the devices, or a machine's memory, divide it, and all reckon with what the poorest has.
-    """
-    devices = problem.devices
-    place = platform.node(), sorted({str(device) if device.type == "cuda" else "cpu" for device in devices})
-    told = problem.comm.gathered((str(place), available_together(devices), least_available(devices)))
-    sharing = Counter(of for of, *_ in told)
-    if is_limited():  # each process by itself
-        sharing = Counter(sharing.keys())
-    return min(free // sharing[of] for of, free, _ in told), min(least // sharing[of] for of, _, least in told)
 
 
 def _decide(

@@ -9,8 +9,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError
-from hesscope.models import find_trunk, is_fully_sharded, is_sharded
-from hesscope.models.empty import Slot, is_empty, slots
+from hesscope.models import find_trunk, is_fully_sharded, is_sharded, offloaded
+from hesscope.models.empty import Slot, is_empty, slots, without_hooks
 from hesscope.parallel.ranks import TIMEOUT, Ranks
 from hesscope.parallel.watch import LONGEST
 
@@ -21,7 +21,8 @@ def fully_shard_model(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Mo
     It is `torch.distributed.fsdp.fully_shard` called on every block and then on the model; a script may as well do that itself,
     or hand over a model that training has divided. Either every rank has loaded the model, with the same weights, or rank 0 has
     and others bring it empty, made on the meta device: rank 0 then gives out its weights, a block at a time, and no other rank
-    ever holds more of them than its own and one block.
+    ever holds more of them than its own and one block. Nor does rank 0 where it has loaded the model with its weights on disk
+    (`device_map={"": "disk"}, offload_folder=...` of from_pretrained).
 
     Args:
         mesh: of one dimension, or of two, with names, for hybrid sharding (replicas, shards); all ranks in one dimension by default.
@@ -91,18 +92,19 @@ def shard_model(model: nn.Module, mesh: DeviceMesh | None, comm: Communicator | 
 def _to_give_out(model: nn.Module, comm: Communicator | None) -> list[Slot]:
     """What rank 0 has to give to the others; nothing where all have loaded the model."""
     if comm is None:
-        if is_empty(model):
+        if is_empty(model) or offloaded(model) is not None:
             raise HesscopeError(
-                "Expected a mesh of all ranks with models on the meta device; or load the model on each."
+                "Expected a mesh of all ranks with models on the meta device or on disk; or load the model on each."
             )
         return []
-    own = slots(model)
-    found = comm.gathered((is_empty(model), [slot.outline() for slot in own]))
-    if not any(empty for empty, _ in found):
+    empty, elsewhere = is_empty(model), offloaded(model) is not None
+    own = without_hooks(model) if elsewhere else slots(model)
+    found = comm.gathered((empty, [slot.outline() for slot in own], elsewhere))
+    if not any(empty or elsewhere for empty, _, elsewhere in found):
         return []
     if found[0][0]:
         raise HesscopeError("Expected rank 0 to have loaded the model, but its weights are on the meta device.")
-    others = [rank for rank, (_, outline) in enumerate(found) if outline != found[0][1]]
+    others = [rank for rank, (_, outline, _) in enumerate(found) if outline != found[0][1]]
     if others:
         raise HesscopeError(
             f"Expected the same weights, shapes and dtypes on every rank, but rank {others[0]} has others than rank 0; make its model "
@@ -116,7 +118,7 @@ def _give_out(missing: list[Slot], comm: Communicator | None) -> None:
     if not missing:
         return
     assert comm is not None
-    values = comm.on_first(lambda: [slot.tensor for slot in missing])
+    values = comm.on_first(lambda: [slot.value for slot in missing])
     for slot, value in zip(missing, values, strict=True):
         if slot.tensor.is_meta:
             slot.put(value)

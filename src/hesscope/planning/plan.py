@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from hesscope.arithmetic import in_words, multiplying
 from hesscope.engines import ENGINES, Engine, make_engine, make_output_engine
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, elements, largest_batch
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes, memory_limit, parse_bytes
+from hesscope.memory import available_together, memory_limit, parse_bytes
 from hesscope.models import is_shadow, offloaded
 from hesscope.operators.asked import APART, own_precision, own_space, sum_dtype
 from hesscope.operators.output_hessian import OutputHessian
@@ -88,9 +88,10 @@ def plan(
     if what not in WHAT:
         raise HesscopeError(f"Expected what to be one of {', '.join(WHAT)}, got {what!r}.")
     wanted = WHAT[what](space.size) if products is None else _positive(products)
-    device = torch.device("cpu") if problem.device.type == "meta" else problem.device
+    devices = (torch.device("cpu"),) if problem.device.type == "meta" else problem.devices
+    device = devices[0]
     model_bytes = sum(x.nbytes for x in [*problem.model.parameters(), *problem.model.buffers()])
-    free = _free(memory, device, model_bytes if problem.device.type == "meta" else 0)
+    free = _free(memory, devices, model_bytes if problem.device.type == "meta" else 0)
     runs = DryRuns(problem, space, device, sum_dtype(precision, space.dtype))
     shape, batches = _shape(problem), len(problem.batches)
     with multiplying(precision):
@@ -154,11 +155,11 @@ def _positive(products: int) -> int:
     return products
 
 
-def _free(memory: int | str | None, device: torch.device, model_bytes: int) -> int:
+def _free(memory: int | str | None, devices: Collection[torch.device], model_bytes: int) -> int:
     if memory is None:
-        return max(0, available_bytes(device) - model_bytes)
+        return max(0, available_together(devices) - model_bytes)
     with memory_limit(parse_bytes(memory)):
-        return max(0, available_bytes(device) - model_bytes)
+        return max(0, available_together(devices) - model_bytes)
 
 
 def _dry(

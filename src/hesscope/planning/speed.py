@@ -28,7 +28,7 @@ from hesscope.engines import Engine
 from hesscope.engines.checking import short_slice
 from hesscope.engines.dry import DryProduct, DryRuns, NotDry, run_product
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
+from hesscope.memory import available_bytes, available_together
 from hesscope.problem import Problem
 from hesscope.space import Space
 
@@ -177,7 +177,7 @@ def trial(
     small = short_slice(problem, max(_SHORTEST, min(length, int(length * share))))
     try:
         dry = _work_of(small, space, make)
-        if dry.resident > available_bytes(problem.device):
+        if dry.resident > available_together(problem.devices):
             return None
         engine = make()
         V, into = space.zeros(), space.zeros()

@@ -5,7 +5,6 @@ Shape legend: n coordinates; K, L vectors; `V[name]` is [K, *shape of the select
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -83,14 +82,12 @@ class Space:
         """How many of the coordinates are here."""
         return sum(c.size for c in self.coordinates)
 
-    def size_on(self, device: torch.device | None = None) -> int:
-        """Of a vector kept on a device, by default the parameters' own, how many numbers its memory has to hold.
-
-        A GPU has those of one rank, main memory and disks those of all ranks of the machine.
-        """
-        if self.divided is None or (device or self.device).type != "cpu":
-            return self.own_size
-        return self.own_size * int(os.environ.get("LOCAL_WORLD_SIZE", self.divided.exchange.size))
+    def sizes(self, device: torch.device | None = None) -> dict[torch.device, int]:
+        """How many numbers of a vector each device keeps of those that are here; one device all, where it is named."""
+        found: dict[torch.device, int] = {}
+        for c in self.coordinates:
+            found[device or c.device] = found.get(device or c.device, 0) + c.size
+        return found
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -26,10 +26,11 @@ from hesscope.algorithms.diagonals.nystrom import SHARE, Nystrom
 from hesscope.algorithms.diagonals.per_sequence import PerSequence
 from hesscope.algorithms.diagonals.pilot import DIRECTIONS, PROBES, Measured, Pilot, choice, nystrom_leaves, spread
 from hesscope.algorithms.diagonals.sampled import Sampled
-from hesscope.algorithms.diagonals.scheduled import Scheduled, vectors_that_fit
+from hesscope.algorithms.diagonals.scheduled import Scheduled
 from hesscope.algorithms.diagonals.subspace import Subspace
 from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
+from hesscope.operators.free import vectors_that_fit
 from hesscope.space import Vectors, vectors
 
 #: With fewer products a pilot would take too large a part of them, and with still fewer there is nothing to approximate with;
@@ -57,7 +58,8 @@ class Automatic(Estimator):
         whole = H.space.divided is None
         self._draws_diagonal = whole and H.draws_diagonal
         self._draws_gauss_newton = whole and H.has_gauss_newton
-        self._lean = vectors_that_fit(H) < 4 * (limits.products if limits.fixed else FEWEST)
+        fits = vectors_that_fit(H.comm, H.space, H.dtype.itemsize)
+        self._lean = fits < 4 * (limits.products if limits.fixed else FEWEST)
         if self._lean and (limits.products < FEWEST or not (self._draws_per_sequence or self._draws_gauss_newton)):
             self._follow("hutchinson", "the free memory")
         elif limits.products < FEWEST:

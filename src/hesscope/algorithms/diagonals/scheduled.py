@@ -10,8 +10,8 @@ from typing import Any
 from hesscope.algorithms.budget import FEWEST_PROBES
 from hesscope.algorithms.diagonals.estimate import Estimate, Estimator, Limits, relative_error
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
 from hesscope.operators import Operator
+from hesscope.operators.free import vectors_that_fit
 
 #: Between two looks the probes grow by at least so much, and at most so much.
 _LEAST, _MOST = 1.05, 1.5
@@ -75,17 +75,12 @@ class Scheduled(Estimator):
         """Its counterpart."""
 
 
-def vectors_that_fit(H: Operator) -> int:
-    """How many vectors the free memory holds; of divided ones rank 0 has the largest part."""
-    return H.comm.on_first(lambda: int(available_bytes(H.space.device) // (H.space.size_on() * H.dtype.itemsize)))
-
-
 def within_memory(H: Operator, method: str, limits: Limits, copies: int) -> Limits:
     """Limits under which `copies` vectors a product fit in memory.
 
     Raises HesscopeError where a fixed number of products does not.
     """
-    most = vectors_that_fit(H) // copies
+    most = vectors_that_fit(H.comm, H.space, H.dtype.itemsize) // copies
     if limits.products <= most:
         return limits
     if limits.fixed or most < FEWEST_PROBES:
