@@ -1,6 +1,6 @@
 """Weights, vectors and a Krylov basis divided among 1, 2 and 4 ranks by fully_shard: memory per rank, bytes moved, seconds.
 
-    python benchmarks/sharded.py [--ranks 1 2 4] [--steps 10] [--diagonal]
+    python benchmarks/sharded.py [--ranks 1 2 4] [--steps 10] [--diagonal | --plan]
 
 A Llama of 29.5 million weights (width 512, 8 blocks, tied), 4 sequences of 64 tokens, all weights, float32, Lanczos with its basis.
 Every rank is a fresh process with one thread. Memory is resident memory above what it was before the model: held at rest, with
@@ -13,6 +13,11 @@ model, and on the other ranks. Bytes are those that a rank sends in gathers and 
 
 With --diagonal it is Hutchinson's estimate of the diagonal, a probe at a time, on vectors that are divided and, for comparison, on
 vectors that each rank has whole: held is what there is between two probes, weights, means and squares; peak is that of the steps.
+
+With --plan the Lanczos runs are held to what `hesscope.plan_cluster` says of them: memory in runs where every block of 64 kB and more
+is a mapping of its own (MALLOC_MMAP_THRESHOLD_, glibc), so that resident memory is that of tensors, as on a GPU, without what a heap
+keeps; bytes and seconds in ordinary ones. The plan's rate of operations is the one that a single rank reached, its bandwidth what a
+gather of 64 MB then had among the ranks; more ranks than cores wait for one another, so that no seconds are planned for them.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from measuring import peak_bytes, reset_peak, write_record
@@ -43,7 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--diagonal", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--diagonal", action="store_true")
+    kinds.add_argument("--plan", action="store_true")
     parser.add_argument("--side", choices=("lanczos", "divided", "whole"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -54,6 +62,9 @@ def main() -> None:
         return
     if given.diagonal:
         diagonal(given.ranks, given.steps)
+        return
+    if given.plan:
+        planned(given.ranks, given.steps)
         return
     figures = {}
     print(
@@ -85,12 +96,47 @@ def diagonal(ranks: list[int], steps: int) -> None:
     print(f"written to {write_record('sharded_diagonal', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
 
 
-def together(ranks: int, steps: int, kind: str) -> dict[str, Any]:
-    """Run the ranks; the largest memory of any, and what rank 0 says of the rest."""
+def planned(ranks: list[int], steps: int) -> None:
+    """The table of what was planned, and what was found."""
+    import torch
+    from hessian_product import make_model
+
+    import hesscope as hs
+    from hesscope.planning import skeleton_problem
+
+    with torch.device("meta"):
+        model = make_model(LENGTH)
+    problem = skeleton_problem(model, LENGTH, 1, SEQUENCES)
+    figures: dict[str, Any] = {}
+    reached, cores = 0.0, os.cpu_count() or 1
+    print("ranks  GB a rank: planned  found  ratio  MB sent: planned  found  seconds a product: planned  found  ratio")
+    for count in [1, *(r for r in ranks if r > 1)]:
+        found = together(count, steps, "lanczos")
+        found["peak"] = together(count, steps, "lanczos", {"MALLOC_MMAP_THRESHOLD_": "65536"})["peak"]
+        layout: dict[str, Any] = {"ranks": count, "layout": "fsdp" if count > 1 else "data", "batches": SEQUENCES}
+        if not reached:
+            one = hs.plan_cluster(problem, **layout, basis=steps)
+            reached = one.rounds * one.shape.flops / found["seconds"]
+        plan = hs.plan_cluster(problem, **layout, basis=steps, flops=reached, bandwidth=found["bandwidth"])
+        seconds = plan.arithmetic_seconds + plan.sending_seconds if count <= cores else float("nan")
+        said = {"bytes": plan.total, "sent": plan.sent, "seconds": seconds if count <= cores else None}
+        figures[str(count)] = {
+            "planned": said | {"memory": plan.memory, "operations a second": reached, "bandwidth": found["bandwidth"]},
+            "found": {key: found[key] for key in ("peak", "moved", "seconds")},
+        }
+        print(
+            f"{count:5}  {plan.total / 1e9:18.3f}  {found['peak'] / 1e9:5.3f}  {plan.total / found['peak']:5.2f}  {plan.sent / 1e6:16.1f}  "
+            f"{found['moved'] / 1e6:5.1f}  {seconds:27.2f}  {found['seconds']:5.2f}  {seconds / found['seconds']:5.2f}"
+        )
+    print(f"written to {write_record('sharded_plan', {'ranks': figures}, ['hesscope', 'torch', 'transformers'])}")
+
+
+def together(ranks: int, steps: int, kind: str, more: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Run the ranks, with more in their environment; the largest memory of any, and what rank 0 says of the rest."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--side", kind, "--steps", str(steps), "--folder", folder]
         started = [
@@ -209,6 +255,7 @@ def side(steps: int, folder: Path) -> dict[str, Any]:
         problem.comm.any(False)
         return reached
 
+    bandwidth = _bandwidth(ranks)
     kept = Checkpoint(folder / "kept", keep_finished=True)
     files = {"written": peak_of(partial(drive, H, LanczosIteration(run, steps, "lanczos"), {}, kept))}
     del run
@@ -230,9 +277,26 @@ def side(steps: int, folder: Path) -> dict[str, Any]:
         "seconds": lasted / (steps - 1),
         "moved": moved / (steps - 1),
         "wire": wired / (steps - 1) / ranks,
+        "bandwidth": bandwidth,
         "least": 4 * (ranks - 1) / ranks * (rounds * 5 * blocks + 3 * (n - blocks)),
         "ritz": ritz.tolist(),
     }
+
+
+def _bandwidth(ranks: int) -> float:
+    """Bytes a second that a rank sends in a gather; infinite where there is nobody to send to."""
+    import torch
+    import torch.distributed as dist
+
+    if ranks == 1:
+        return float("inf")
+    part, whole, times = torch.ones(2**24 // ranks), torch.empty(2**24 // ranks * ranks), []
+    for _ in range(4):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_gather(list(whole.chunk(ranks)), part)
+        times.append(time.perf_counter() - began)
+    return (ranks - 1) * part.nbytes / sorted(times[1:])[1]
 
 
 def _wire() -> int:

@@ -146,3 +146,13 @@ def test_amounts_of_memory(text: str | int, size: int) -> None:
 def test_what_is_no_amount_of_memory(text: object) -> None:
     with pytest.raises(hs.HesscopeError, match="amount of memory"):
         parse_bytes(text)  # type: ignore[arg-type]
+
+
+def test_a_plan_has_the_memory_of_all_devices_of_a_spread_model(
+    rows_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, module = wide(1), sys.modules["hesscope.planning.plan"]
+    spread = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(type(problem), "devices", property(lambda self: spread))
+    monkeypatch.setattr(module, "available_together", lambda devices: 10 * MB * len(devices))
+    assert hs.plan(problem, measure=False, engines=["streamed"]).memory == 30 * MB
