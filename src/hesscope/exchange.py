@@ -290,11 +290,21 @@ class Exchange:
             for rank in range(self.size):
                 some = whole[rank * n : (rank + 1) * n]
                 part[rank, : some.numel()] = some.reshape(-1)
-        mine = packed.new_empty(sum(sizes))
-        self.wait(_reduce_scatter(mine, packed.view(-1), group=self.group, async_op=True))
+        mine = self._scattered(packed)
         self.moved_bytes += packed.nbytes - mine.nbytes
         for x, part in zip(own, torch.split(mine, sizes), strict=True):
             x += part[: x.numel()].view(x.shape).to(x.device)
+
+    def _scattered(self, packed: Tensor) -> Tensor:
+        """Of what all processes have for each, [size, numbers], the sum for this one."""
+        if self._device.type == "cuda":
+            mine = packed.new_empty(packed.shape[1])
+            self.wait(_reduce_scatter(mine, packed.view(-1), group=self.group, async_op=True))
+            return mine
+        # Gloo's reduce_scatter sends all sums to all; this sends each process what it will sum.
+        received = torch.empty_like(packed)
+        self.wait(dist.all_to_all_single(received, packed, group=self.group, async_op=True))
+        return received.sum(0)
 
 
 def _code(number: int, run: range, kind: int) -> int:
