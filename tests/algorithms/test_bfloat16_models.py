@@ -101,6 +101,28 @@ def test_traces(name: str) -> None:
 
 
 @each_model
+@pytest.mark.parametrize("kind", ["ggn", "fisher", "per sequence", "empirical", "kfac"])
+def test_traces_of_what_is_semidefinite(name: str, kind: str) -> None:
+    """To a rounding of the products, which the record states, beside the stated error."""
+    problem = case(name)[0].problem  # type: ignore[attr-defined]
+    space = hs.select(problem, "*.0.mlp.*.weight")
+    A = {
+        "ggn": lambda: hs.ggn(problem, space),
+        "fisher": lambda: hs.fisher(problem, space),
+        "per sequence": lambda: hs.fisher(problem, space, per="sequence"),
+        "empirical": lambda: hs.empirical_fisher(problem, space),
+        "kfac": lambda: hs.kfac(problem, space),
+    }[kind]()
+    exact = hs.trace(A, "exact").estimate
+    for method in ("auto", "xtrace", "hutch++"):
+        found = hs.trace(A, method, budget=60)
+        low, high = found.interval(0.999)
+        slack = torch.finfo(torch.bfloat16).eps * exact
+        assert low - slack < exact < high + slack
+        assert found.standard_error < 0.3 * exact
+
+
+@each_model
 @pytest.mark.parametrize("basis", [True, False])
 def test_densities(name: str, basis: bool) -> None:
     """Moments of the start vectors' own measures; the p-th is off by p roundings."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import hesscope as hs
+from architectures import ragged_batches, tiny
 from hesscope.algorithms.traces.exchangeable import _left_out
 from spectra import SPECTRA, Counted, generic, random_orthogonal, symmetric
 
@@ -182,3 +183,53 @@ def test_too_small_a_budget_is_refused(method: str, least: int) -> None:
     with pytest.raises(hs.HesscopeError, match=f"at least {least} products"):
         hs.trace(H, method=method, budget=least - 1)
     assert hs.trace(H, method=method, budget=least).products <= least
+
+
+# ---- rounding
+
+
+def rounded(A: Tensor) -> hs.Operator:
+    """Products in float32, rounded to float16, as a model's of that dtype are."""
+    return hs.operator(lambda V: (A.float() @ V).half().float(), len(A), positive_semidefinite=True)
+
+
+@pytest.mark.parametrize("rank", [2, 20])
+def test_products_that_round_give_the_trace_and_an_error_that_tells(rank: int) -> None:
+    A = symmetric([1.0 / (i + 1) for i in range(rank)] + [0.0] * (300 - rank))
+    exact, eps = float(A.trace()), torch.finfo(torch.float16).eps
+    for seed in range(5):
+        found = hs.trace(rounded(A), "auto", budget=100, seed=seed)
+        assert found.method == "xnystrace"
+        assert abs(found.estimate - exact) < 3 * found.standard_error
+        assert found.standard_error < 4 * eps * exact
+
+
+@pytest.mark.parametrize("small", [1e-5, 1e-6, 1e-7])
+def test_what_is_small_beside_the_largest_counts_in_float32(small: float) -> None:
+    d = torch.tensor([1.0] + [small] * 999)
+    H, exact = hs.operator(torch.diag(d), positive_semidefinite=True), float(d.double().sum())
+    found = [hs.trace(H, "xnystrace", budget=60, seed=seed) for seed in range(20)]
+    assert sum(low <= exact <= high for low, high in (run.interval(0.95) for run in found)) >= 17
+    assert max(run.standard_error for run in found) < 0.05 * 999 * small + 1e-6
+
+
+def test_a_little_indefinite_is_indefinite() -> None:
+    H = hs.operator(torch.diag(torch.tensor([1.0] + [-5e-6] * 99)))
+    with pytest.raises(hs.HesscopeError, match=r"positive semidefinite.*xtrace"):
+        hs.trace(H, method="xnystrace", budget=20)
+
+
+def test_xtrace_of_low_rank_in_float32_states_its_rounding() -> None:
+    H = hs.operator(torch.diag(torch.tensor([1.0, 1.0] + [0.0] * 99)))
+    found = [hs.trace(H, "xtrace", budget=60, seed=seed) for seed in range(20)]
+    assert sum(abs(run.estimate - 2) < 3 * run.standard_error for run in found) >= 18
+    assert max(run.standard_error for run in found) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_matrix_of_few_sequences_in_a_float64_model_that_casts(name: str) -> None:
+    problem = hs.causal_lm(tiny(name), ragged_batches())
+    F = hs.fisher(problem, per="sequence")
+    exact = hs.trace(hs.fisher(problem, hs.select(problem), per="sequence"), "exact")
+    found = hs.trace(F, "xnystrace", budget=30)
+    assert found.estimate == pytest.approx(exact.estimate, rel=1e-6)

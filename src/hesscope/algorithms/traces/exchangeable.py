@@ -6,6 +6,7 @@ with Q [n, r] orthonormal and R [r, k]; W = Q^T Omega [r, k].
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -24,15 +25,20 @@ from hesscope.space import Vectors, vectors
 _FEWEST_TO_STOP = 15
 #: With a target the estimate is looked at whenever the test vectors have grown by so much.
 _GROWTH = 1.15
+#: A column of the sketch that has less of its own than so many roundings of the largest one has nothing of its own.
+_OWN = 5.0
+#: The regularisation of H, in roundings of it and in norms of what is not symmetric about it.
+_ROUNDINGS, _NOISE = 10.0, 3.0
 #: A positive semidefinite H has no eigenvalue below minus so many times its regularisation.
-_NEGATIVE = 1000.0
+_NEGATIVE = 10.0
 
 
 class Exchangeable(TraceEstimator):
     """k estimates est_i, each leaving one test vector out of the sketch; their mean is unbiased.
 
     The est_i share most of the sketch and so are not independent: std(est_i) / sqrt(k) is an indication that tends to be
-    small. It is multiplied by `inflation`, which was measured.
+    small. It is multiplied by `inflation`, which was measured; what rounding does to all of them alike, which their spread
+    does not show, is added to it in quadrature.
     """
 
     #: Products a test vector.
@@ -49,6 +55,7 @@ class Exchangeable(TraceEstimator):
         self._scale = 0.0
         self._estimates = torch.zeros(0, dtype=torch.float64)
         self._looked = 0
+        self._alike = 0.0
 
     @property
     def samples(self) -> Tensor:
@@ -69,7 +76,8 @@ class Exchangeable(TraceEstimator):
 
     def estimate(self) -> tuple[float, float]:
         mean, error = mean_and_error(self._estimates)
-        return mean, self.inflation * error
+        rounding = torch.finfo(self._H.dtype).eps * mean
+        return mean, math.hypot(self.inflation * error, rounding, self._alike)
 
     def step(self) -> None:
         if self.k < self._goal():
@@ -99,7 +107,7 @@ class Exchangeable(TraceEstimator):
         if self._Q.m:
             y, coefficients = self._Q.orthogonalise(y)
         norm = float(self._H.space.norms(y))
-        fresh = norm > 100 * torch.finfo(self._H.dtype).eps * self._scale
+        fresh = norm > _OWN * torch.finfo(self._H.dtype).eps * self._scale
         R = torch.zeros(r + fresh, k + 1, dtype=torch.float64)
         R[:r, :k], R[:r, k:] = self._R, coefficients
         if fresh:
@@ -126,11 +134,11 @@ class Exchangeable(TraceEstimator):
 
     def state(self) -> dict[str, Any]:
         return {"R": self._R, "scale": self._scale, "estimates": self._estimates, "looked": self._looked,
-                "basis": self._Q.rows}  # fmt: skip
+                "alike": self._alike, "basis": self._Q.rows}  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         self._R, self._scale = state["R"], state["scale"]
-        self._estimates, self._looked = state["estimates"], state["looked"]
+        self._estimates, self._looked, self._alike = state["estimates"], state["looked"], float(state["alike"])
         self._Q.restore(state["basis"])
 
     @abstractmethod
@@ -207,8 +215,11 @@ class XNysTrace(Exchangeable):
 
         est_i = tr F - |u_i|^2 + (n - k + 1) G_ii (1 / K_ii - delta),   G = (Omega^T Omega)^(-1),
 
-    for A - F_i vanishes on the other test vectors (delta is ten roundings of H), and 1 / G_ii is the square of what is
-    left of omega_i orthogonal to them.
+    for A - F_i vanishes on the other test vectors, and 1 / G_ii is the square of what is left of omega_i orthogonal to them.
+
+    H is symmetric but for what rounding (of the model's own dtype, too) has done to the products: delta is three norms of
+    (H - H^T) / 2, and ten roundings of H at least. Products with errors of s in the entries of H add s^2 tr K to tr F; that,
+    with s^2 twice the mean square of (H - H^T) / 2, is what the error counts besides the spread of the est_i.
     """
 
     description = "trace, XNysTrace"
@@ -224,13 +235,16 @@ class XNysTrace(Exchangeable):
             return torch.zeros(k, dtype=torch.float64)
         H = self._W().T @ R
         values, U = torch.linalg.eigh(0.5 * (H + H.T))
-        delta = 10 * torch.finfo(self._H.dtype).eps * float(values.abs().max())
+        odd = 0.5 * (H - H.T)
+        rounding = _ROUNDINGS * torch.finfo(self._H.dtype).eps * float(values.abs().max())
+        delta = max(rounding, _NOISE * float(torch.linalg.matrix_norm(odd, 2)))
         if float(values[0]) < -_NEGATIVE * delta:
             raise HesscopeError(
                 f"Expected a positive semidefinite operator for XNysTrace, but a quadratic form of it came out at "
                 f"{float(values[0]):.3g}, with others up to {float(values[-1]):.3g}; use method='xtrace'."
             )
         regular = values.clamp(min=0.0) + delta
+        self._alike = 2 * float(odd.square().sum() / max(k * (k - 1), 1) * (1 / regular).sum())
         # R U before anything is divided: K itself, with entries up to 1 / delta, would drown the rest in rounding.
         RU, K_ii = R @ U, (U * U / regular).sum(1)
         RK, scale = (RU / regular) @ U.T, (n - k + 1) * torch.linalg.inv(self._gram()).diagonal()
