@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import hesscope as hs
+from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.operators import chunks as chunks_module
 from spectra import SPECTRA, Counted, generic, symmetric
 
@@ -209,3 +211,52 @@ def test_one_seed_one_answer_and_a_drawn_seed_is_recorded(estimate: Any) -> None
 def test_impossible_requests_are_refused(estimate: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(hs.HesscopeError, match=message):
         estimate(hs.operator(torch.eye(5)), **arguments)
+
+
+# ---- a target that no probes meet
+
+
+def cancelling(n: int = 300) -> tuple[hs.Operator, float]:
+    """Eigenvalues that add up to next to nothing beside their size."""
+    A = symmetric([1.0, -1.0] * (n // 2 - 1) + [1.0, -0.7])
+    return hs.operator(A), float(A.trace())
+
+
+def test_a_trace_goes_over_to_its_entries_once_probes_would_take_more() -> None:
+    H, exact = cancelling()
+    found = hs.trace(H, target_error=0.01)
+    assert found.method == "exact"
+    assert (found.estimate, found.standard_error) == (pytest.approx(exact), 0.0)
+    assert found.products == 330
+    assert hs.trace(H, "hutchinson", budget=500, target_error=0.01).method == "hutchinson"
+    assert hs.trace(H, budget=200, target_error=0.01).method == "hutchinson"  # no budget for all entries
+
+
+def test_a_trace_that_probes_settle_stays_with_them() -> None:
+    H = hs.operator(symmetric([2.0, 1.0] * 150))
+    found = hs.trace(H, target_error=0.05)
+    assert (found.method, found.products) == ("hutchinson", 30)
+
+
+@pytest.mark.parametrize("limit", [25, 40, 200])
+def test_a_trace_that_goes_over_is_taken_up_again(limit: int, tmp_path: Path) -> None:
+    A, spent = symmetric([1.0, -1.0] * 149 + [1.0, -0.7]), [0]
+
+    def at_most(most: float) -> hs.Operator:
+        spent[0] = 0
+
+        def product(X: Tensor) -> Tensor:
+            spent[0] += X.shape[1]
+            if spent[0] > most:
+                raise KeyboardInterrupt
+            return A @ X
+
+        return hs.operator(product, size=300, dtype=F64)
+
+    whole = hs.trace(at_most(1000), target_error=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        hs.trace(at_most(limit), target_error=0.01, checkpoint=Checkpoint(tmp_path / "run", every=0.0))
+    resumed = hs.trace(at_most(1000), target_error=0.01, checkpoint=tmp_path / "run")
+    assert resumed.provenance["resumed"] == 1
+    assert (resumed.estimate, resumed.method, resumed.products) == (whole.estimate, "exact", whole.products)
+    assert torch.equal(resumed.samples, whole.samples)

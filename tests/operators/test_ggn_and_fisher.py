@@ -123,6 +123,10 @@ def targets_of(kind: str, x: Tensor, g: torch.Generator) -> Tensor:
         return torch.randint(3, (len(x),), generator=g)
     if kind == "probabilities":
         return torch.randn(len(x), 3, generator=g, dtype=F64).softmax(-1) * 1.7  # need not sum to one
+    if kind == "masked":
+        return (
+            torch.eye(3, dtype=F64)[torch.randint(3, (len(x),), generator=g)] * (torch.arange(len(x)) % 3 > 0)[:, None]
+        )
     if kind == "positions":
         return torch.randint(3, (len(x), 2, 2), generator=g)
     return torch.randn(len(x), 3, generator=g, dtype=F64)
@@ -188,7 +192,7 @@ SEEDS = 150
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
-@pytest.mark.parametrize("kind", ["classes", "positions", "numbers"])
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "masked", "positions", "numbers"])
 def test_the_fisher_matrix_is_the_ggn_in_expectation(kind: str, per: str) -> None:
     """Over fixed seeds, along two directions: within its standard error, entry by entry."""
     problem = problem_with(kind)
@@ -198,6 +202,18 @@ def test_the_fisher_matrix_is_the_ggn_in_expectation(kind: str, per: str) -> Non
     z = (draws.mean(0) - V.T @ (G @ V)) / (draws.std(0) / math.sqrt(SEEDS))
     assert float(z.abs().max()) < 4
     assert float((draws.std(0) / draws.mean(0)).abs().max()) > 0.05  # it is random at all
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "masked"])
+def test_the_trace_of_corrected_kronecker_factors_is_the_ggns_in_expectation(kind: str) -> None:
+    problem = problem_with(kind)
+    space = hs.select(problem, "*.weight")
+    traces = torch.tensor(
+        [hs.trace(hs.kfac(problem, space, corrected=True, seed=s)).estimate for s in range(SEEDS)], dtype=F64
+    )
+    expected = hs.trace(hs.ggn(problem, space), "exact").estimate
+    assert abs(float(traces.mean()) - expected) < 4 * float(traces.std()) / math.sqrt(SEEDS)
+    assert 0.01 < float(traces.std()) / expected < 0.5
 
 
 def test_samples_are_averaged() -> None:

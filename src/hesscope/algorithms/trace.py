@@ -10,7 +10,7 @@ from hesscope.algorithms.budget import check_estimation, probes_allowed
 from hesscope.algorithms.checkpoint import Checkpoint, run_seed
 from hesscope.algorithms.diagonals import exact_entries, products_needed
 from hesscope.algorithms.driver import drive
-from hesscope.algorithms.traces import Hutchinson, HutchPlusPlus, TraceEstimator, XNysTrace, XTrace
+from hesscope.algorithms.traces import Hutchinson, HutchPlusPlus, TraceEstimator, UntilExact, XNysTrace, XTrace
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.operators.free import vectors_that_fit
@@ -42,7 +42,8 @@ def trace(
     Args:
         method: "exact" (n products, or none where the operator knows its diagonal, as K-FAC does), one of the above, or "auto": exact where that needs no more products than the
             budget, else "xnystrace" where the operator declares itself positive semidefinite and a basis of the budget
-            fits in memory, else "hutchinson", the only one that needs no basis.
+            fits in memory, else "hutchinson", the only one that needs no basis. Where a target error decides, that goes over to "exact"
+            once it is seen to take more products.
         budget: operator products at most; 100 by default, 10000 where a target error decides when to stop.
         target_error: stop once the standard error, relative to the estimate, is below; never before 30 probes (15 test
             vectors for "xtrace" and "xnystrace"). Intervals after stopping early cover somewhat less than they say.
@@ -68,13 +69,10 @@ def trace(
         samples = entries.values.to("cpu", torch.float64)
         return Trace(**spent, method="exact", estimate=float(samples.sum()), standard_error=0.0,
                      degrees_of_freedom=0, size=n, seed=seed, samples=samples)  # fmt: skip
-    method = _choice(H, most) if method == "auto" else method
-    if most < _FEWEST.get(method, 1):
-        raise HesscopeError(f"Expected a budget of at least {_FEWEST[method]} products for {method}, got {most}.")
     estimator = _estimator(H, method, most, target_error, seed)
     spent = drive(H, estimator, options, checkpoint)
     mean, error = estimator.estimate()
-    return Trace(**spent, method=method, estimate=mean, standard_error=error,
+    return Trace(**spent, method=estimator.method, estimate=mean, standard_error=error,
                  degrees_of_freedom=estimator.degrees_of_freedom, size=n, seed=seed, samples=estimator.samples)  # fmt: skip
 
 
@@ -84,6 +82,12 @@ def _choice(H: Operator, budget: int) -> str:
 
 
 def _estimator(H: Operator, method: str, budget: int, target: float | None, seed: int) -> TraceEstimator:
+    if method == "auto":
+        method = _choice(H, budget)
+        if method == "hutchinson" and target is not None:
+            return UntilExact(H, budget, target, seed)
+    if budget < _FEWEST.get(method, 1):
+        raise HesscopeError(f"Expected a budget of at least {_FEWEST[method]} products for {method}, got {budget}.")
     if method == "hutch++":
         sketch = min(budget // 3, H.space.size, _LARGEST_SKETCH if target is not None else budget)
         return HutchPlusPlus(H, budget, sketch, target, seed)

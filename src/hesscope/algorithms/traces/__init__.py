@@ -4,5 +4,6 @@ from hesscope.algorithms.traces.exchangeable import XNysTrace, XTrace
 from hesscope.algorithms.traces.hutchinson import Hutchinson
 from hesscope.algorithms.traces.hutchpp import HutchPlusPlus
 from hesscope.algorithms.traces.interface import TraceEstimator
+from hesscope.algorithms.traces.until_exact import UntilExact
 
-__all__ = ["HutchPlusPlus", "Hutchinson", "TraceEstimator", "XNysTrace", "XTrace"]
+__all__ = ["HutchPlusPlus", "Hutchinson", "TraceEstimator", "UntilExact", "XNysTrace", "XTrace"]

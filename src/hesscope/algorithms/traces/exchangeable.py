@@ -159,7 +159,7 @@ class XTrace(Exchangeable):
         est_i = tr(Q_i^T A Q_i) + (n - k + 1) <mu_i, A mu_i> / |mu_i|^2.
     """
 
-    description = "trace, XTrace"
+    description, method = "trace, XTrace", "xtrace"
     cost = 2
     inflation = 1.3
 
@@ -222,7 +222,7 @@ class XNysTrace(Exchangeable):
     with s^2 twice the mean square of (H - H^T) / 2, is what the error counts besides the spread of the est_i.
     """
 
-    description = "trace, XNysTrace"
+    description, method = "trace, XNysTrace", "xnystrace"
     cost = 1
     inflation = 1.8
 

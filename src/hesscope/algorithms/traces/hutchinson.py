@@ -16,7 +16,7 @@ from hesscope.operators.chunks import chunk_size
 class Hutchinson(TraceEstimator):
     """The mean of <z_i, A z_i> over independent sign vectors (Hutchinson, 1990)."""
 
-    description = "trace"
+    description, method = "trace", "hutchinson"
 
     def __init__(self, H: Operator, probes: int, target: float | None, seed: int) -> None:
         self._H, self._target, self._seed = H, target, seed

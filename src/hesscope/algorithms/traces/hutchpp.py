@@ -25,7 +25,7 @@ class HutchPlusPlus(TraceEstimator):
     Q, so the samples' standard error is that of the estimate. With a target error, g_i are added until it is met; directions that the sketch lacks cost nothing.
     """
 
-    description = "trace, Hutch++"
+    description, method = "trace, Hutch++", "hutch++"
 
     def __init__(self, H: Operator, budget: int, sketch: int, target: float | None, seed: int) -> None:
         self._H, self._sketch, self._target, self._seed = H, sketch, target, seed

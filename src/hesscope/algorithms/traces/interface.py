@@ -13,6 +13,9 @@ from hesscope.algorithms.driver import Iteration
 class TraceEstimator(Iteration):
     """An iteration whose estimate can be asked for at any time after its first step."""
 
+    #: Its name in `hesscope.trace`.
+    method: str
+
     @abstractmethod
     def estimate(self) -> tuple[float, float]:
         """The estimate and its standard error; infinite where the error is not known yet."""
