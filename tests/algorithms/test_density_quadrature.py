@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,19 @@ def test_moments_that_few_steps_leave_biased_are_not_given() -> None:
     H = hs.operator(generic(40))
     assert [len(hs.density(H, probes=2, steps=m).moments) for m in (1, 2, 3, 4)] == [1, 3, 4, 4]
     assert len(hs.density(hs.operator(torch.eye(1)), probes=2, steps=1).moments) == 4
+
+
+def test_numbers_that_a_single_step_leaves_biased_are_not_given() -> None:
+    H = hs.operator(symmetric([3.0, -3.0] * 20))
+    one = hs.density(H, probes=2, steps=1)
+    for value in (one.frobenius_norm, one.effective_rank(), one.effective_rank("entropy"), one.log_determinant(1.0)):
+        assert all(map(math.isnan, value))
+    assert "Frobenius norm and effective rank take two steps" in one.summary()
+    two = hs.density(H, probes=2, steps=2)
+    assert two.frobenius_norm[0] == pytest.approx(3 * 40**0.5)
+    assert two.effective_rank()[0] == pytest.approx(40)
+    single = hs.density(hs.operator(2 * torch.eye(1)), probes=2, steps=1)
+    assert single.frobenius_norm[0] == pytest.approx(2.0)
 
 
 def test_a_matrix_with_few_distinct_eigenvalues_is_resolved_exactly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,14 @@ class Density(Result):
 
     @property
     def frobenius_norm(self) -> tuple[float, float]:
-        """sqrt(tr A^2), and its standard error."""
+        """sqrt(tr A^2), and its standard error; NaN after a single step, which has only the mean right."""
         return self._of_means(lambda m: (self.size * m[0]).sqrt(), self.nodes**2)
 
     def log_determinant(self, shift: float = 0.0) -> tuple[float, float]:
         """log det(|A| + shift I) = tr log(|A| + shift I), and its standard error over probes.
 
         For a positive semidefinite A that is log det(A + shift I). Quadrature is no longer exact here: the closer
-        eigenvalues come to -shift, the more steps it takes.
+        eigenvalues come to -shift, the more steps it takes. NaN after a single step.
 
         Raises:
             HesscopeError: without a shift, where nodes reach zero.
@@ -69,7 +70,7 @@ class Density(Result):
         """How many eigenvalues share in the spectrum, and the standard error over probes (by the jackknife).
 
         "participation": (tr |A|)^2 / tr A^2. "entropy": exp of the entropy of |lambda| / sum |lambda| (Roy and Vetterli,
-        2007). Either is k for k equal eigenvalues beside zeros.
+        2007). Either is k for k equal eigenvalues beside zeros, and NaN after a single step.
         """
         t = self.nodes.abs()
         if kind == "participation":
@@ -94,6 +95,8 @@ class Density(Result):
 
     def _of_means(self, f: Callable[[Tensor], Tensor], *functions: Tensor) -> tuple[float, float]:
         """f of the means over probes of sum_j w_j g(t_j), for several g, and its jackknife standard error."""
+        if len(self.moments) < 2:
+            return math.nan, math.nan
         samples = torch.stack([(self.weights * g).sum(1) for g in functions])
         return jackknife(f, samples)
 
@@ -109,10 +112,15 @@ class Density(Result):
         trace, error = self.trace
         (norm, norm_error), (rank, rank_error) = self.frobenius_norm, self.effective_rank()
         used = self.nodes[self.weights > 0]
+        numbers = (
+            "Frobenius norm and effective rank take two steps"
+            if math.isnan(norm)
+            else f"Frobenius norm {norm:.5g} +- {norm_error:.2g}, effective rank {rank:.4g} +- {rank_error:.2g}"
+        )
         return (
             f"spectral density of {self.size} coordinates, {self.nodes.shape[0]} probes of {self.nodes.shape[1]} steps: "
-            f"nodes from {float(used.min()):.5g} to {float(used.max()):.5g}, trace {trace:.5g} +- {error:.2g}, Frobenius norm "
-            f"{norm:.5g} +- {norm_error:.2g}, effective rank {rank:.4g} +- {rank_error:.2g}; {self.cost_line()}"
+            f"nodes from {float(used.min()):.5g} to {float(used.max()):.5g}, trace {trace:.5g} +- {error:.2g}, {numbers}; "
+            f"{self.cost_line()}"
             f"{self._outliers_line()}"
         )
 
