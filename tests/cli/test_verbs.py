@@ -45,6 +45,15 @@ def test_a_verb_writes_result_manifest_and_figure(verb: str, own: list[str], com
     assert hs.load(folder).products == manifest["products"]
 
 
+def test_a_densitys_log_determinant(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--params", ROW, "--operator", "ggn", "--probes", "2", "--steps", "5", "--output-dir", "out"]
+    assert command("density", *own, "--shift", "-1") == 2
+    assert "Expected --shift to be 0 or more, got -1.0." in capsys.readouterr().err
+    assert command("density", *own, "--shift", "0.5") == 0
+    value, error = hs.load(tmp_path / "out").log_determinant(0.5)
+    assert f"log det(|A| + 0.5 I) = {value:.6g} +- {error:.2g}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "own", "kept"),
     [

@@ -115,3 +115,27 @@ def _within(common: CommonOptions) -> AbstractContextManager[object]:
 def _parameters(function: Callable[..., Any], hints: dict[str, Any], skip: str) -> list[inspect.Parameter]:
     found = inspect.signature(function).parameters.values()
     return [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in found if p.name != skip]
+
+
+#: Options of several verbs.
+Method = Annotated[
+    str,
+    typer.Option(
+        help="auto, exact, hutchinson, hutch++, xtrace or xnystrace (semidefinite). auto is exact where that costs no more."
+    ),
+]
+BasisDevice = Annotated[
+    str | None, typer.Option(help="Keep the basis there, such as cpu; with the weights by default.")
+]
+BasisFolder = Annotated[Path | None, typer.Option(help="Keep the basis in files of this folder.")]
+Estimator = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="auto, exact, hutchinson, gaussian, deflated, xdiag, nystrom, sampled, per-sequence or control-variate; auto "
+        "chooses by a pilot.",
+    ),
+]
+Budget = Annotated[int | None, typer.Option(help="Operator products at most; 100 by default.")]
+Absolute = Annotated[bool, typer.Option("--absolute", help="Draw a block's magnitudes |H| instead of its signs.")]
+Target = Annotated[float | None, typer.Option(help="Stop at this relative error, such as 0.1; never before 30 probes.")]
