@@ -16,6 +16,8 @@ from hesscope.losses.tokens import raised
 
 #: (output - target)^2 is the negative log-likelihood, up to a constant, of a normal distribution of this variance.
 VARIANCE = 0.5
+#: Class probabilities whose sum is so close to 1 add up to it.
+_ONE = 1e-6
 
 
 class _Supervised:
@@ -77,14 +79,23 @@ class CrossEntropyLoss(_Supervised):
         return (_class_axis(outputs),)
 
     def sample(self, outputs: Tensor, batch: tuple[Any, Tensor], key: int, first: int) -> tuple[Any, Tensor]:
-        """The batch with a class drawn from the model's distribution as the target of every example that counts."""
+        """The batch with a class drawn from the model's distribution as the target of every example that counts.
+
+        An example whose class probabilities have another sum m than 1 has the target sqrt(m) times the drawn class: the outer
+        product of its derivative is then m times the class's, as its second derivative is.
+        """
         inputs, targets = batch
         rows = _rows(outputs)
         counted = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         if not targets.is_floating_point():
             counted = (targets != IGNORED).reshape(-1)
-        drawn = sample_classes(rows, counted, key, first)
-        return inputs, drawn.reshape(outputs.select(_class_axis(outputs), 0).shape)
+        axis = _class_axis(outputs)
+        drawn = sample_classes(rows, counted, key, first).reshape(outputs.select(axis, 0).shape)
+        mass = raised(targets).sum(axis, keepdim=True) if targets.is_floating_point() else None
+        if mass is None or torch.allclose(mass, torch.ones_like(mass), rtol=0, atol=_ONE):
+            return inputs, drawn
+        root = mass.clamp(min=0).sqrt()
+        return inputs, torch.zeros_like(raised(targets)).scatter_(axis, drawn.unsqueeze(axis), root)
 
     def _count(self, outputs: Tensor, targets: Tensor) -> int:
         if targets.is_floating_point():
