@@ -4,7 +4,8 @@
 
 In finite precision the q_j lose their orthogonality once a Ritz value has converged, and copies of it ("ghosts") appear.
 Their weights add up to that of the eigenvalue (Greenbaum, 1989: T is that of a nearby problem whose eigenvalues lie in tiny
-clusters), so quadrature stays right; there are only fewer distinct nodes for the same steps.
+clusters), so quadrature stays right; there are only fewer distinct nodes for the same steps. Copies are joined, so that
+they do not pass for eigenvalues of their own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from hesscope.algorithms.probing import require_finite
 from hesscope.operators import Operator
 from hesscope.space import Vectors, vectors
 
-#: Nodes closer than so many roundings of the largest are copies of one.
-_COPIES = 1e4
+#: How far apart the copies of a node may be, of the largest: so many roundings of the vectors, or this part of the
+#: parameters' own, whichever is more (numerics). Half-precision products scatter them by more than the vectors round.
+_OF_VECTORS, _OF_PARAMETERS = 30, 0.25
+#: Nor farther than this part of the node: what lies that near zero is no copy but noise, and f may change fast there.
+_OF_NODE = 0.1
 
 
 class ThreeTerm:
@@ -81,20 +85,11 @@ class ThreeTerm:
         return values, S
 
     def quadrature(self) -> tuple[Tensor, Tensor]:
-        """Nodes and weights, copies joined: the weighted mean, and the sum of the weights.
-
-        A copy that is only coming up lies apart and has no weight to speak of; it is left out.
-        """
+        """Nodes and weights, copies of a node joined; see `joined`."""
         values, S = self.ritz()
-        weights = S[0] ** 2
-        eps = torch.finfo(self._H.dtype).eps
-        apart = _COPIES * eps * float(values.abs().max())
-        group = torch.cat([torch.zeros(1), (values.diff() > apart).double()]).cumsum(0).long()
-        count = int(group[-1]) + 1
-        joined = torch.zeros(count, dtype=torch.float64).index_add(0, group, weights)
-        places = torch.zeros(count, dtype=torch.float64).index_add(0, group, weights * values)
-        kept = joined > eps**2
-        return places[kept] / joined[kept], joined[kept]
+        eps, rounding = torch.finfo(self._H.dtype).eps, self._H.space.rounding
+        reach = max(_OF_VECTORS * eps, _OF_PARAMETERS * rounding) * float(values.abs().max())
+        return joined(values, S[0] ** 2, reach)
 
     def state(self) -> dict[str, Any]:
         """Everything but the operator."""
@@ -104,3 +99,26 @@ class ThreeTerm:
         """Continue where a state was taken."""
         self.alphas, self.betas, self.ended = state["alphas"], state["betas"], state["ended"]
         self._q, self._before = self._H.space.place(state["q"]), self._H.space.place(state["before"])
+
+
+def joined(nodes: Tensor, weights: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Nodes [m] and weights [m] with the copies of each node made one, at their weighted mean; the weights add up as before.
+
+    A node t of weight w is a copy of a heavier one, T of weight W, where |t - T| sqrt(w / W) <= min(reach, |T| / 10), of the
+    nearest where there are several. Copies of equal weight lie within the reach; one that is only coming up lies far
+    off, with next to no weight. No node is a copy of a copy, so they do not chain: what is joined to T moves, weighed by
+    sqrt(w / W), by no more than the reach, and a sum over nodes changes as little as by a rounding of T.
+    """
+    order = weights.argsort(descending=True, stable=True)
+    t, w = nodes[order], weights[order]
+    bound = (_OF_NODE * t.abs()).clamp(max=reach)
+    group, heads = torch.zeros(len(t), dtype=torch.long), torch.zeros(len(t), dtype=torch.bool)
+    for i in range(len(t)):
+        far = (t[i] - t).abs()
+        eligible = heads & (far * (w[i] / w).nan_to_num(0.0).sqrt() <= bound)
+        heads[i] = not bool(eligible.any())
+        group[i] = i if heads[i] else torch.where(eligible, far, torch.inf).argmin()
+    total = torch.zeros_like(w).index_add(0, group, w)[heads]
+    means = torch.zeros_like(w).index_add(0, group, w * t)[heads] / total
+    ascending = means.argsort()
+    return means[ascending], total[ascending]
