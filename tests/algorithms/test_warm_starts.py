@@ -89,6 +89,14 @@ def test_what_has_hardly_moved_costs_fewer_products_than_from_random() -> None:
     assert spent["warm"] < 0.93 * spent["cold"]
 
 
+@pytest.mark.parametrize("rounded", [{}, {"basis_dtype": "float16"}])
+def test_too_few_products_to_see_what_is_new_are_not_called_converged(rounded: dict[str, Any]) -> None:
+    n = 10_000
+    with pytest.warns(hs.HesscopeWarning, match="may still be hidden"):
+        found = hs.eigs(diagonal(spectrum(n, [2.9], 3.1)), k=1, tol=0.02, max_products=7, start=first(n, 1), **rounded)
+    assert not found.converged
+
+
 def test_a_track_follows_an_eigenvalue_that_overtakes() -> None:
     n = 10_000
     chain = {f"{x:.1f}": diagonal(spectrum(n, [3.0], x)) for x in (2.0, 2.5, 3.5, 4.0)}

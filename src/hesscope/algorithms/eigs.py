@@ -80,8 +80,8 @@ def eigs(
 
     Returns:
         Eigenvalues in the order wanted (by magnitude for "LM", descending for "LA" and "BE", ascending for "SA"), unit
-        eigenvectors, and residuals |A v - lambda v| measured on the products that were made. Where these miss `tol`,
-        `converged` is False and a HesscopeWarning says so. One start vector sees one copy of a multiple eigenvalue until
+        eigenvectors, and residuals |A v - lambda v| measured on the products that were made. Where these miss `tol`, or the
+        products do not suffice to see what `start` lacks, `converged` is False and a HesscopeWarning says so. One start vector sees one copy of a multiple eigenvalue until
         its space is exhausted; from then on every copy is found.
 
     Raises:
@@ -135,6 +135,14 @@ def _told(pairs: Eigenpairs) -> Eigenpairs:
     """The pairs; with a warning where some missed the tolerance."""
     if not pairs.converged:
         missed = int((pairs.residuals > pairs.tol * pairs.eigenvalues.abs()).sum())
+        if missed == 0:
+            warnings.warn(
+                f"All {len(pairs.residuals)} eigenpairs meet tol={pairs.tol:g}, but after {pairs.products} products from start "
+                "vectors a more extreme eigenvalue that these lack may still be hidden; allow more with max_products.",
+                HesscopeWarning,
+                stacklevel=3,
+            )
+            return pairs
         rounded = pairs.provenance["options"].get("basis_dtype") is not None
         warnings.warn(
             f"{missed} of {len(pairs.residuals)} eigenpairs missed tol={pairs.tol:g} after {pairs.products} products; "
@@ -175,7 +183,7 @@ def basis_capacity(H: Operator, k: int, max_basis: int | None, home: Home) -> in
 
 
 #: What a search knows beside its Krylov run; capacity and products because they may come from the memory that was free.
-_COUNTERS = ("_capacity", "expected", "_most", "steps", "_found", "_left", "_note", "_raised", "_kept")
+_COUNTERS = ("_capacity", "expected", "_most", "steps", "_found", "_left", "_note", "_raised", "_kept", "_hidden")
 #: What its last look found.
 _FOUND = ("values", "residuals", "good", "converged", "_S")
 
@@ -201,7 +209,7 @@ class Search(Iteration):
         first, self._warm = warm_start(H, given, seed), given is not None
         self.krylov = Krylov(H, first, seed, restart=True, capacity=min(capacity, products), home=home)
         self._found = False
-        self._raised, self._kept = 0.0, 0
+        self._raised, self._kept, self._hidden = 0.0, 0, False
         self._note = ""
 
     @property
@@ -243,7 +251,9 @@ class Search(Iteration):
         self.good = self._small(self.residuals, self.values, _BEFORE_ROUNDING if self._left else 1.0)
         self._note = f"{int(self.good.sum())} of {self._k} converged"
         self.converged = bool(self.good.all())
-        self._found = last or (self.converged and self._complete(self.values) and not self._premature(values, S))
+        self._hidden = self.converged and not self.krylov.ended and self._premature(values, S)
+        self._found = last or (self.converged and self._complete(self.values) and not self._hidden)
+        self.converged = self.converged and not (last and self._hidden)
 
     def _measure(self, i: int) -> None:
         """One product: the Rayleigh quotient and the residual of the i-th vector as it will be returned."""
@@ -254,7 +264,7 @@ class Search(Iteration):
         self.residuals[i] = self._H.space.norms(vectors.add(w, v, -float(self.values[i])))[0]
         self._left = i
         self.good = self._small(self.residuals, self.values)
-        self.converged = bool(self.good.all())
+        self.converged = bool(self.good.all()) and not self._hidden
 
     def _restart(self) -> None:
         values, S = self.krylov.ritz()
