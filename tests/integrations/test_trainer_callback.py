@@ -218,11 +218,12 @@ def test_it_reaches_what_the_trainer_reports_to(tmp_path: Path) -> None:
 
 
 def test_a_later_search_starts_where_the_one_before_ended(tmp_path: Path) -> None:
+    """At a loose tolerance it makes the steps that show a new direction, and ends far more precise."""
     own = callback(max_products=60, tol=0.02, trace_probes=0)
     watched = train(tmp_path, attach=own, learning_rate=1e-5)
-    spent = [x["curvature/products"] for x in watched.state.log_history if "curvature/products" in x]
-    assert spent[1] < spent[0] / 2
-    assert spent[2] < spent[0] / 2
+    logged = [x for x in watched.state.log_history if "curvature/products" in x]
+    cold, *warm = ((x["curvature/products"], x["curvature/sharpness_residual"]) for x in logged)
+    assert all(products <= cold[0] + 3 and residual < 0.05 * cold[1] for products, residual in warm)
 
 
 # ---- the preconditioner, by hand

@@ -46,7 +46,7 @@ def density(
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
         basis: keep each probe's basis and reorthogonalise. False keeps three vectors instead: copies of converged
-            eigenvalues then appear, which share the weight of one; copies that agree to rounding are joined.
+            eigenvalues then appear, which share the weight of one; those within rounding of the largest are joined.
         basis_device: keep the basis there, such as "cpu".
         basis_folder: keep the basis in files of this folder, mapped into memory.
 

@@ -15,8 +15,8 @@ from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
 from hesscope.space.divided import Divided
 
-#: The random part of a warm start, relative to the rest: what the earlier vectors lack is still found.
-_FRESH = 0.03
+#: The random part of a warm start, relative to the rest: what the earlier vectors lack is found from it.
+_FRESH = 1.0
 
 
 def start_vectors(H: Operator, start: Eigenpairs | Tensor | dict[str, Tensor] | None) -> Vectors | None:
@@ -70,10 +70,10 @@ def start_digest(H: Operator, given: Vectors | None) -> str | None:
 
 
 def warm_start(H: Operator, given: Vectors | None, seed: int) -> Vectors:
-    """One start vector: random, or the sum of the unit vectors given plus a random one of 3% of its length.
+    """One start vector: random, or the sum of the unit vectors given plus a random one of the same length.
 
     A Krylov space of the sum of j near-eigenvectors has them all after j steps. Without the random part a direction that
-    has become extreme since, orthogonal to all of them, would be overlooked.
+    has become extreme since, orthogonal to all of them, would be overlooked; `emergence` says when it has been long enough in the run.
     """
     random = H.space.gaussian(seed, ["start"])
     if given is None:

@@ -41,8 +41,8 @@ def track_eigs(
 ) -> EigsTrack:
     """The leading eigenpairs at every checkpoint, and the overlap |U_a^T U_b|_F^2 / k of consecutive leading subspaces.
 
-    Every search after the first starts from the sum of the previous eigenvectors and a little noise, so that what has not
-    turned is found at once.
+    Every search after the first starts from the sum of the previous eigenvectors and a random vector of the same length, and
+    goes on until an eigenvalue that those lack would have been seen.
 
     Args:
         operators: by name, in the order of training; a function that makes one is called when its turn comes, so that one
