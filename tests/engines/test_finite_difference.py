@@ -82,7 +82,9 @@ def normalised(kind: str) -> hs.Problem:
     return hs.supervised(model, batches, loss="mse")
 
 
-@pytest.mark.parametrize("kind, pattern", [("layer norm", "0.bias"), ("layer norm", "*"), ("convolutions", "3.bias")])
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [("layer norm", "0.bias"), ("layer norm", "*"), ("convolutions", "3.bias")]
+)
 def test_a_product_of_zero_does_not_spoil_the_error(kind: str, pattern: str) -> None:
     """The error is relative to what products can be, not to the rounding of one that vanishes."""
     problem = normalised(kind)
