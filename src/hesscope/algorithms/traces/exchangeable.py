@@ -69,7 +69,8 @@ class Exchangeable(TraceEstimator):
 
     def estimate(self) -> tuple[float, float]:
         mean, error = mean_and_error(self._estimates)
-        return mean, self.inflation * error
+        exact = self._H.space.size == 1 and self._looked == 1  # whatever the vector, and no others to compare it with
+        return mean, 0.0 if exact else self.inflation * error
 
     def step(self) -> None:
         if self.k < self._goal():
