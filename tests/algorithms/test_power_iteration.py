@@ -199,6 +199,10 @@ def test_the_stochastic_form_finds_the_leading_direction() -> None:
         ({"batches": 9}, "batches between 1 and 8"),
         ({"batches": 2, "momentum": "auto"}, "momentum to be a number"),
         ({"batches": 2, "max_products": 11, "k": 2}, "max_products of at least 12"),
+        ({"max_basis": 4}, "method='power', which keeps no basis"),
+        ({"basis_device": "abacus"}, "method='power', which keeps no basis"),
+        ({"basis_folder": "anywhere"}, "method='power', which keeps no basis"),
+        ({"basis_dtype": "float16"}, "method='power', which keeps no basis"),
     ],
 )
 def test_impossible_requests_are_refused(arguments: dict[str, object], message: str) -> None:

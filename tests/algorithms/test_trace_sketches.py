@@ -53,6 +53,18 @@ def test_low_rank_is_exact(method: str) -> None:
 
 
 @sketches
+@pytest.mark.parametrize("value", [2.5, 0.0])
+def test_one_coordinate_is_exact(method: str, value: float) -> None:
+    """One test vector says all there is, though it has no spread to tell an error from."""
+    found = hs.trace(hs.operator(torch.tensor([[value]], dtype=F64)), method=method, budget=6)
+    assert found.estimate == pytest.approx(value, rel=1e-12)
+    assert found.standard_error < 1e-12
+    low, high = found.interval()
+    assert low == pytest.approx(value, rel=1e-12)
+    assert high == pytest.approx(value, rel=1e-12)
+
+
+@sketches
 def test_a_zero_matrix_has_trace_zero(method: str) -> None:
     found = hs.trace(hs.operator(torch.zeros(40, 40)), method=method, budget=20)
     assert (found.estimate, found.standard_error) == (0.0, 0.0)

@@ -58,6 +58,10 @@ def diagonal(
     sum_{j != i} A_ij^2 (Hutchinson, 1990; Bekas, Kokiopoulou and Saad, 2007). The other estimators remove off-diagonal
     entries first.
 
+    Standard errors and the relative error are those of the sampling. What products, and sums of vectors, lose to rounding is
+    common to all samples, and to "exact", whose error is stated as zero; it is not in them. `H.product_error()` measures that of
+    a product. In a bfloat16 model a diagonal's is about as large, and most of the error of "deflated", "xdiag" and "nystrom".
+
     Args:
         method: "exact" (n products at most, or none where the operator knows its diagonal, as K-FAC does); "hutchinson" ("rademacher" is the same) and "gaussian", independent probes;
             "deflated", exact on a Krylov space and probes on its complement; "xdiag", leave-one-out; "nystrom", deflation

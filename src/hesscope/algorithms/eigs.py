@@ -85,7 +85,8 @@ def eigs(
         its space is exhausted; from then on every copy is found.
 
     Raises:
-        HesscopeError: k outside 1..n, an unknown `which` or `method`, too few products or too small a basis for k pairs.
+        HesscopeError: k outside 1..n, an unknown `which` or `method`, too few products or too small a basis for k pairs, an
+            option of the other method.
 
     Example:
         >>> import torch, hesscope as hs
@@ -98,9 +99,10 @@ def eigs(
     options: dict[str, Any] = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed}
     options |= {"method": method, "start": start_digest(H, given)}
     if method == "power":
-        if which != "LM" or max_basis is not None or basis_dtype is not None:
+        if which != "LM" or any(x is not None for x in (max_basis, basis_device, basis_folder, basis_dtype)):
             raise HesscopeError(
-                "Expected which='LM' and neither max_basis nor basis_dtype with method='power'; use method='lanczos'."
+                "Expected which='LM' and none of max_basis, basis_device, basis_folder and basis_dtype with method='power', "
+                "which keeps no basis; use method='lanczos'."
             )
         return _told(power(H, k, tol, max_products, seed, checkpoint, given, momentum, batches, options, gather))
     if momentum != 0 or batches is not None:

@@ -38,7 +38,8 @@ class Linearization(Differential):
     bytes: int
     #: Whether `bytes` are known before the first product; asking for them earlier costs a forward pass.
     settled: bool = True
-    #: An estimate of the products' relative error, the largest so far; zero for an engine that is exact up to rounding.
+    #: An estimate of the products' error, the largest so far, relative to the largest product, both of unit vectors; zero for
+    #: an engine that is exact up to rounding.
     error: float = 0.0
     #: Passes over the parameters that products have made so far, where an engine shares them between a call's vectors.
     passes: int = 0

@@ -5,7 +5,10 @@
 with theta the p entries of the parameters that are selected from (Dennis and Schnabel, 1983, section 5.4, without their
 scaling by coordinate). The product reported is Richardson's
 extrapolation of steps h and 2h, and twice their difference estimates its error. Where rounding dominates, the finer quotient
-carries r of it and the coarser r / 2, so that the extrapolation errs by 1.3 r and the two differ by 1.1 r.
+carries r of it and the coarser r / 2, so that the extrapolation errs by 1.3 r and the two differ by 1.1 r. The error stated is
+relative to the operator, not to each product, for a product that vanishes is all rounding:
+
+    error = max of 2 |D(h) - D(2h)| / |v| over the v so far  /  max of |Hv| / |v| over these and a random one.
 """
 
 from __future__ import annotations
@@ -41,10 +44,15 @@ class _Differences(Linearization):
         with torch.no_grad():
             self.total = float(problem.total(b, loss=self._loss)[0])
         self.head = head_note(self._loss)
-        #: Estimated relative error of a product, the largest so far.
-        self.error = 0.0
+        #: The largest estimated error of a product so far, and the largest product, of a vector of length one.
+        self._missed, self._largest = 0.0, 0.0
         self._eps: float | None = None
         self._used: set[str] | None = None
+
+    @property
+    def error(self) -> float:  # type: ignore[override]
+        """The largest estimated error of a product so far, relative to the largest product, both of unit vectors."""
+        return self._missed / self._largest if self._largest > 0 else 0.0
 
     @property
     def unused(self) -> list[str]:  # type: ignore[override]
@@ -65,22 +73,32 @@ class _Differences(Linearization):
         if length == 0.0:
             return self._space.zeros()
         if self._eps is None:
-            # A float64 model may still cast to float32 inside; then the step for float64 drowns in rounding. Told by a
-            # vector of its own, so that a product does not depend on which came first.
-            candidates = {max(torch.finfo(p.dtype).eps for p in self._values.values()), torch.finfo(torch.float32).eps}
-            z = self._space.rademacher(0, ["step"])
-            size = float(self._space.norms(z))
-            self._eps = min(candidates, key=lambda eps: self._extrapolated(z, self._step(eps) / size)[1])
-        best, error = self._extrapolated(v, self._step(self._eps) / length)
-        self.error = max(self.error, error)
+            self._eps = self._chosen_eps()
+        best, missed = self._extrapolated(v, self._step(self._eps) / length)
+        self._missed = max(self._missed, missed / length)
+        self._largest = max(self._largest, float(self._space.norms(best)) / length)
         return best
 
+    def _chosen_eps(self) -> float:
+        """The rounding that the step is for; what products are like is first seen here."""
+        # A float64 model may still cast to float32 inside; then the step for float64 drowns in rounding. Told by a vector of
+        # its own, so that a product does not depend on which came first. One of signs may be what products vanish along, such
+        # as a shift of all biases before a normalisation; then one of normal numbers tells.
+        candidates = {max(torch.finfo(p.dtype).eps for p in self._values.values()), torch.finfo(torch.float32).eps}
+        for z in (self._space.rademacher(0, ["step"]), self._space.gaussian(0, ["step"])):
+            size = float(self._space.norms(z))
+            found = {eps: self._extrapolated(z, self._step(eps) / size) for eps in sorted(candidates)}
+            eps = min(found, key=lambda eps: found[eps][1])
+            self._largest = float(self._space.norms(found[eps][0])) / size
+            if self._largest > found[eps][1] / size:
+                break
+        return eps
+
     def _extrapolated(self, v: Vectors, step: float) -> tuple[Vectors, float]:
-        """Richardson's extrapolation of steps h and 2h, and twice the relative difference of the two."""
+        """Richardson's extrapolation of steps h and 2h, and twice the distance between the two."""
         fine, coarse = self._quotient(v, step), self._quotient(v, 2 * step)
         best = vectors.add(vectors.scale(fine, 4 / 3), coarse, -1 / 3)
-        scale = float(self._space.norms(best))
-        return best, 2 * float(self._space.norms(vectors.add(fine, coarse, -1.0))) / scale if scale > 0 else 0.0
+        return best, 2 * float(self._space.norms(vectors.add(fine, coarse, -1.0)))
 
     def _step(self, eps: float) -> float:
         """Balances the rounding of gradients (eps / h) against the cubic term (h^2)."""

@@ -63,7 +63,7 @@ class _Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        linear = as_linear(func, args)
+        linear = as_linear(func, args, kwargs)
         name = None if linear is None else self._names.get(id(linear[1]))
         if linear is None or name is None:
             return result

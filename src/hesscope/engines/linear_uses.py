@@ -30,7 +30,11 @@ class Use:
 
 
 class WatchUses(TorchFunctionMode):
-    """Notes every call that takes one of the given weights; `uses[name]` is None once a call was not linear in it."""
+    """Notes every call that takes one of the given weights; `uses[name]` is None once a call was not linear in it.
+
+    Where gradients are off, as inside an autograd function with a backward pass of its own, no call is linear: what would be
+    put beside its output would have no derivative. So gradients are to be on outside.
+    """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class WatchUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        linear = as_linear(func, args)
+        linear = as_linear(func, args, kwargs) if torch.is_grad_enabled() else None
         weight = None if linear is None else linear[1]
         for leaf in tree_leaves((args, kwargs)):
             name = self._names.get(id(leaf))
@@ -57,13 +61,28 @@ class WatchUses(TorchFunctionMode):
             uses.append(Use(self._calls, linear[2], linear[0].numel()))
 
 
-def as_linear(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int] | None:
-    """Input, weight and axis of output units where a call is a linear layer: `F.linear`, or the `addmm` of a Conv1D."""
-    if func is F.linear and len(args) >= 2:
-        return args[0], args[1], 0
-    if func is torch.addmm and len(args) == 3:
-        return args[1], args[2], 1
-    return None
+def as_linear(func: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Tensor, Tensor, int] | None:
+    """Input, weight and axis of output units where a call is a linear layer: `F.linear`, or the `addmm` of a Conv1D.
+
+    None for a call that is anything but y = x W^T + something without W: where a keyword scales x W^T or is unknown, and
+    where W is the input or the bias as well.
+    """
+    if func is F.linear:
+        names, unit_axis = ("input", "weight", "bias"), 0
+    elif func is torch.addmm:
+        names, unit_axis = ("input", "mat1", "mat2"), 1
+    else:
+        return None
+    given = dict(zip(names, args, strict=False)) | (kwargs or {})
+    if unit_axis == 1:
+        given.pop("beta", None)  # scales what comes without W
+        if given.pop("alpha", 1) != 1:
+            return None
+    x, weight = given.get(names[unit_axis]), given.get(names[unit_axis + 1])
+    known = len(args) <= len(names) and given.keys() <= set(names)
+    if not known or not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        return None
+    return (x, weight, unit_axis) if sum(y is weight for y in given.values()) == 1 else None
 
 
 class Box:
@@ -133,6 +152,6 @@ class PerturbLinears(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        linear = as_linear(func, args)
+        linear = as_linear(func, args, kwargs)
         found = None if linear is None else self._by_weight.get(id(linear[1]))
         return result if linear is None or found is None else found.add_to(result, linear[0])

@@ -16,9 +16,10 @@ class MeanLoss:
         self._count = count
 
     def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        """mean * count, and the count."""
+        """mean * count, and the count; a constant zero for a batch without terms, whatever the mean of nothing is said to be."""
         terms = self.count(batch)
-        return self._mean(model, batch) * terms, terms
+        mean = self._mean(model, batch)  # run in any case: engines look at what the model calls
+        return (mean * terms if terms else mean.new_zeros(mean.shape)), terms
 
     def count(self, batch: Any) -> int:
         """The number of terms in the batch's mean."""

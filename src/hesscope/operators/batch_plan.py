@@ -100,7 +100,8 @@ def watch_uses(problem: Problem, b: int, space: Space) -> dict[str, list[Use] | 
     """How batch b's forward pass uses the selected parameters."""
     parameters = named_parameters(problem.model)
     weights = {name: values_of(problem.model, name, parameters[name]) for name in space.names}
-    with torch.no_grad(), WatchUses(weights) as watch:
+    # Nothing requires a gradient, so that nothing is kept; what an autograd function does inside is told by where it is off.
+    with torch.enable_grad(), WatchUses(weights) as watch:
         problem.total(b, weights)
     uses: dict[str, list[Use] | None] = watch.uses
     return uses

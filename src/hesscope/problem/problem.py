@@ -51,7 +51,7 @@ class Problem:
             `count`.
         batches: any iterable of batches (nested dictionaries, lists and tuples of tensors), of any sizes; read once,
             copied and kept on the CPU.
-        count: for a function that returns a mean: the number of terms in a batch's mean, as `count(batch)`.
+        count: for a function that returns a mean: the number of terms in a batch's mean, as `count(batch)`; with none, it is not read.
         objective: "nll" for R itself (nats, where the loss is a log-likelihood), "perplexity" for exp(R).
         dropout: "off" refuses a model that would drop; "frozen" keeps one mask a batch, drawn from `seed`.
         attention: "sdpa", "eager" or "tiled" (exact, in memory linear in the length) for a model of transformers; "auto" takes

@@ -24,6 +24,7 @@ class Diagonal(Result):
     """Estimates of every A_ii, shaped like the selected parameters, with their standard errors.
 
     `relative_error` estimates |d_hat - d| / |d| over the whole selection (Euclidean norms); zero where exact.
+    Both are of the sampling: the products' rounding is not in them (`hesscope.diagonal`).
     """
 
     kind = "diagonal"

@@ -76,6 +76,8 @@ class Exchangeable(TraceEstimator):
 
     def estimate(self) -> tuple[float, float]:
         mean, error = mean_and_error(self._estimates)
+        if self._H.space.size == 1 and self._looked == 1:
+            return mean, 0.0  # whatever the vector, and no others to compare it with
         rounding = torch.finfo(self._H.dtype).eps * mean
         return mean, math.hypot(self.inflation * error, rounding, self._alike)
 
