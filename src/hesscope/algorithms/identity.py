@@ -19,7 +19,7 @@ _PROBLEM = {
     "model": "model",
     "weights_fingerprint": "weights",
     "data_fingerprint": "data",
-    "loss": "loss",
+    "loss_fingerprint": "loss",
     "objective": "objective",
     "dropout": "dropout",
     "attention": "attention",

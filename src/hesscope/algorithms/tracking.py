@@ -111,7 +111,7 @@ class _Kept:
         return pairs
 
     def _found(self, folder: Path, H: Operator, wanted: dict[str, Any]) -> Eigenpairs:
-        pairs = load(folder)
+        pairs: Eigenpairs = load(folder)
         options = _OPTIONS | {key: value for key, value in wanted.items() if key in _OPTIONS}
         options |= {"start": start_digest(H, start_vectors(H, wanted.get("start")))}
         made = pairs.provenance.get("identity") if isinstance(pairs, Eigenpairs) else None

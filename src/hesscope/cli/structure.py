@@ -80,7 +80,7 @@ def _finished(folder: Path, H: Operator) -> Structure | None:
 
     if not comm().on_first(lambda: (folder / MANIFEST).exists()):
         return None
-    earlier = load(folder)
+    earlier: Structure = load(folder)
     changed = ["it is no structure"]
     if isinstance(earlier, Structure):
         changed = differences(recorded(earlier.provenance), recorded(provenance(H, {})))
