@@ -49,6 +49,25 @@ def test_what_is_given_is_not_computed_and_references_are_compared() -> None:
     assert study(A).products == 40 + 2 * 2 * sum(BUDGETS)
 
 
+def test_the_diagonal_of_another_operator_is_no_truth() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    problem = hs.supervised(model, [(torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 2)])
+    H, G = hs.hessian(problem), hs.ggn(problem)
+    easy: dict[str, Any] = {"methods": ["hutchinson"], "budgets": [8], "seeds": 1}
+    own, other = hs.diagonal(H, "exact"), hs.diagonal(G, "exact")
+    with pytest.raises(hs.HesscopeError, match=r"operator ggn.* -> hessian"):
+        hs.diagonal_study(H, exact=other, **easy)
+    alone = hs.diagonal_study(H, **easy)
+    by_another_way = hs.diagonal(hs.hessian(problem, engine="finite-difference"), "exact")
+    for truth in (own, by_another_way):
+        found = hs.diagonal_study(H, exact=truth, references={"Gauss-Newton": other}, **easy)
+        assert float(found.mean_errors) == pytest.approx(float(alone.mean_errors), rel=1e-4)
+        gap = (other.flat() - own.flat()).norm() / own.flat().norm()
+        assert found.references["Gauss-Newton"] == pytest.approx(float(gap), rel=1e-4)
+    hs.diagonal_study(H, exact=other.flat(), **easy)
+
+
 def test_it_goes_on_with_the_next_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     A = generic(40) + torch.eye(40)
     whole = study(A)
@@ -70,6 +89,27 @@ def test_it_goes_on_with_the_next_cell(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(resumed.relative_errors, whole.relative_errors)
     assert len(cells) < 2 * 8 + 1
     assert resumed.products == whole.products
+
+
+def test_it_does_not_go_on_with_another_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    A = generic(40) + torch.eye(40)
+    module = importlib.import_module("hesscope.algorithms.diagonal_study")
+    made, cells = module.estimator, []
+
+    def stopping(H: Any, method: str, *rest: Any) -> Any:
+        cells.append(method)
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        return made(H, method, *rest)
+
+    monkeypatch.setattr(module, "estimator", stopping)
+    kept = Checkpoint(tmp_path / "kept", every=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        study(A, exact=A.diagonal(), checkpoint=kept)
+    with pytest.raises(hs.HesscopeError, match="of another run: exact "):
+        study(A, exact=2 * A.diagonal(), checkpoint=kept)
+    whole = study(A, exact=A.diagonal())
+    assert study(A, exact=A.diagonal(), checkpoint=kept).relative_errors.equal(whole.relative_errors)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,11 @@ def model(seed: int, hidden: int = 4) -> hs.Problem:
     return hs.supervised(net, batches)
 
 
+def single() -> hs.Problem:
+    torch.manual_seed(0)
+    return hs.supervised(torch.nn.Linear(3, 2), [(torch.ones(2, 3), torch.tensor([0, 1]))])
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
@@ -173,6 +178,56 @@ def test_eigenpairs_of_another_method_are_not_taken(tmp_path: Path) -> None:
         for other in ways[:i] + ways[i + 1 :]:
             with pytest.raises(hs.HesscopeError, match="holds another run"):
                 run(tmp_path / str(i), "0", **easy, **other)
+
+
+def _diagonal(*entries: float) -> hs.Operator:
+    return hs.operator(torch.diag(torch.tensor(entries, dtype=torch.float64)))
+
+
+def _function(*entries: float) -> hs.Operator:
+    d = torch.tensor(entries, dtype=torch.float64)
+    return hs.operator(lambda X: d[:, None] * X, size=len(d), dtype=torch.float64)
+
+
+#: {what: (an operator, another, what is said of them)}
+OPERATORS: dict[str, Any] = {
+    "matrix": (lambda: _diagonal(3, 1, 0.5), lambda: _diagonal(7, 1, 0.5), "operator"),
+    "order of a matrix": (lambda: _diagonal(3, 1, 0.5), lambda: _diagonal(1, 3, 0.5), "operator"),
+    "function": (lambda: _function(3, 1, 0.5), lambda: _function(1, 3, 0.5), "matrix"),
+    "labels": (lambda: hs.fisher(model(0), seed=0), lambda: hs.fisher(model(0), seed=5), "seed 5"),
+    "factor": (lambda: hs.hessian(model(0)) * 1.0, lambda: hs.hessian(model(0)) * 10.0, "factor"),
+    "per": (lambda: hs.fisher(model(0)), lambda: hs.fisher(model(0), per="sequence"), "per token"),
+    "precision": (
+        lambda: hs.hessian(single()),
+        lambda: hs.hessian(single(), precision="bfloat16"),
+        "precision None ->",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OPERATORS)
+def test_another_operators_eigenpairs_are_not_taken(what: str, tmp_path: Path) -> None:
+    one, other, said = OPERATORS[what]
+    easy: dict[str, Any] = {"k": 1, "tol": 0.5, "folder": tmp_path}
+    found = hs.track_eigs({"a": one()}, **easy)
+    with pytest.raises(hs.HesscopeError, match="holds another run") as error:
+        hs.track_eigs({"a": other()}, **easy)
+    assert said in str(error.value)
+    assert same(hs.track_eigs({"a": one()}, **easy), found)
+    alone = hs.eigs(other(), k=1, tol=0.5)
+    assert hs.track_eigs({"a": other()}, **easy, restart=True).eigenvalues[0].equal(alone.eigenvalues)
+
+
+def test_eigenpairs_of_a_rounded_basis_are_not_taken(tmp_path: Path) -> None:
+    run(tmp_path, "0", tol=0.5, basis_dtype="bfloat16")
+    with pytest.raises(hs.HesscopeError, match="basis_dtype bfloat16 -> None"):
+        run(tmp_path, "0", tol=0.5)
+
+
+def test_eigenpairs_of_a_folder_that_does_not_say_of_what_are_not_taken(tmp_path: Path) -> None:
+    hs.eigs(_diagonal(3, 1, 0.5), k=1).save(tmp_path / "a")
+    with pytest.raises(hs.HesscopeError, match="does not say of which"):
+        hs.track_eigs({"a": _diagonal(3, 1, 0.5)}, k=1, folder=tmp_path)
 
 
 def test_names_that_give_one_folder_are_refused(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_approximations(command: Command, tmp_path: Path, capsys: pytest.Capture
     assert again.names == ["diagonal", "kfac"] or again.names == ["kfac", "diagonal"]
     assert again.row("kfac")["errors"] == pytest.approx(found.row("kfac")["errors"], rel=1e-3)
     assert again.exact_seconds == hs.load(tmp_path / "block").seconds
+    assert command("approximations", "--params", CORNER, *kinds, "--operator", "ggn", "--output-dir", "never") == 2
 
 
 @pytest.mark.parametrize(

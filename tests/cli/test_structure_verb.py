@@ -157,9 +157,12 @@ def test_cases_of_another_run_are_not_taken_for_ones_own(
     done = tmp_path / "out" / "log-perplexity" / "manifest.json"
     before = done.read_bytes()
     capsys.readouterr()
-    assert stopped("--length", "8") == 2
-    assert "already holds another run" in capsys.readouterr().err
-    assert done.read_bytes() == before
+    for other, said in ((("--length", "8"), "data"), (("--precision", "bfloat16"), "precision bfloat16")):
+        assert stopped(*other) == 2
+        complaint = capsys.readouterr().err
+        assert "already holds another run" in complaint
+        assert said in complaint
+        assert done.read_bytes() == before
     assert stopped("--length", "8", "--overwrite") == 0
     assert done.read_bytes() != before
 

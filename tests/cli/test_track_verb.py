@@ -74,6 +74,31 @@ def test_the_same_command_goes_on_after_the_models_that_are_done(
     assert (tmp_path / "out" / "tiny" / "manifest.json").read_bytes() == done
 
 
+def test_models_that_were_done_otherwise_are_not_taken(
+    checkpoints: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from hesscope.algorithms import tracking
+
+    calls = []
+
+    def second_fails(H: hs.Operator, **more: object) -> object:
+        calls.append(H)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return hs.eigs(H, **more)  # type: ignore[arg-type]
+
+    own = ("eigs", *checkpoints[1:], *OWN, "--operator", "fisher")
+    monkeypatch.setattr(tracking, "eigs", second_fails)
+    assert command(*own) == 130
+    capsys.readouterr()
+    for other in (("--per", "sequence"), ("--samples", "2"), ("--precision", "bfloat16")):
+        assert command(*own, *other) == 2
+        complaint = capsys.readouterr().err
+        assert "holds another run: operator" in complaint
+        assert other[0].removeprefix("--") in complaint
+
+
 def test_refusals(checkpoints: list[str], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((tmp_path / "step1" / "config.json").read_text())
     from transformers import LlamaConfig

@@ -174,6 +174,7 @@ def test_a_study_takes_the_exact_diagonal_from_a_run_and_draws_others(command: C
     assert study.references == {"other": pytest.approx(float((other.flat().double() - d).norm() / d.norm()))}
     assert command("trace", "--params", ROW, "--budget", "4", "--output-dir", "trace") == 0
     assert command("diagonal-study", *own, "--exact", "trace", "--output-dir", "never") == 2
+    assert command("diagonal-study", *own, "--operator", "ggn", "--exact", "exact", "--output-dir", "never") == 2
 
 
 def test_the_plan_of_an_exact_diagonal_writes_nothing(

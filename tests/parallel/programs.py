@@ -49,6 +49,8 @@ from hesscope.errors import RankLost
 from hesscope.models import is_sharded, load_model, load_skeleton
 from hesscope.models.offload import Offloaded
 from hesscope.operators import free, room
+from hesscope.operators.composed import RankOne
+from hesscope.operators.congruence import DiagonalCongruence
 from hesscope.parallel.ranks import Ranks
 from hesscope.space import vectors
 from hesscope.tensor_file import Outgoing
@@ -339,6 +341,12 @@ def all_tensor(folder: Path) -> dict[str, Any]:
     return dict(tensor_cases(tensor_parallel, "phi", more=True))
 
 
+def described(H: hs.Operator) -> list[Any]:
+    """What records say of a rank-one matrix and a congruence, whose vectors are numbers of the parameters' places."""
+    v = H.space.gaussian(1, ["described"])
+    return [RankOne(H.space, v).describe()["sha256"], DiagonalCongruence(H, v).describe()["sha256"]]
+
+
 def sharded_facts(folder: Path) -> dict[str, Any]:
     """What each rank holds and moves, and what it says."""
     plain = hs.causal_lm(tiny("gpt2"), ragged_batches()[:2])  # a batch for each rank
@@ -364,6 +372,7 @@ def sharded_facts(folder: Path) -> dict[str, Any]:
     found["placed"] = all(type(part) is type(given[name]) for name, part in product.items())
     found["as DTensors"] = {name: part.full_tensor() for name, part in product.items()}  # type: ignore[attr-defined]
     found["as whole"] = H @ {name: part.full_tensor() for name, part in given.items()}  # type: ignore[attr-defined]
+    found["digests"] = described(H)
     loss = _Fails(plain.loss, lambda: hs.HesscopeError("The third batch is bad."))
     fails = hs.data_parallel(hs.Problem(plain.model, loss, hs.causal_lm(plain.model, ragged_batches()).batches))
     bad = hs.hessian(fails, hs.select(fails, "transformer.h.*"))

@@ -19,6 +19,7 @@ from programs import (
     STREAMED,
     _run,
     all_divided,
+    described,
     fully_sharded,
     in_parallel,
     interrupted,
@@ -175,6 +176,11 @@ def test_a_vector_of_dtensors_gives_its_like(two: list[dict[str, Any]]) -> None:
         for name, part in expected.items():
             assert relative(facts["as DTensors"][name], part) < 1e-10
             assert relative(facts["as whole"][name], part) < 1e-10
+
+
+def test_a_digest_is_that_of_whole_vectors(two: list[dict[str, Any]]) -> None:
+    expected = described(hs.hessian(hs.causal_lm(tiny("gpt2"), ragged_batches()[:2])))
+    assert [rank["sharded_facts"]["digests"] for rank in two] == [expected, expected]
 
 
 def test_what_cannot_be_is_said_on_every_rank(two: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,55 @@ def test_others_by_name() -> None:
         hs.approximations(H, others={"small": hs.operator(torch.eye(3))})
 
 
+def single() -> hs.Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False))
+    return hs.supervised(model, [(torch.ones(2, 3), torch.tensor([0, 2]))])
+
+
+#: {what differs: (the operator, another on the same weights)}
+OTHERS: dict[str, Callable[[hs.Problem], tuple[hs.Operator, hs.Operator]]] = {
+    "operator ggn": lambda of: (hs.hessian(of), hs.ggn(of)),
+    "seed 5": lambda of: (hs.fisher(of), hs.fisher(of, seed=5)),
+    "per sequence": lambda of: (hs.fisher(of), hs.fisher(of, per="sequence")),
+    "samples 2": lambda of: (hs.kfac(of), hs.kfac(of, samples=2)),
+    "factor 2.0000e+00": lambda of: (hs.hessian(of), 2.0 * hs.hessian(of)),
+    "rank-one": lambda of: (hs.hessian(of), hs.hessian(of).updated(torch.ones(24))),
+    "precision bfloat16": lambda of: (hs.hessian(of), hs.hessian(of, precision="bfloat16")),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_the_block_of_another_operator_is_no_truth(what: str, tmp_path: Path) -> None:
+    H, other = OTHERS[what](single())
+    hs.block(other).save(tmp_path)
+    for block in (hs.block(other), hs.load(tmp_path)):
+        with pytest.raises(hs.HesscopeError, match="exact block of this operator") as error:
+            hs.approximations(H, kinds=["diagonal"], exact=block)
+        assert what in str(error.value)
+
+
+def test_another_matrix_is_no_truth() -> None:
+    H, other = hs.operator(torch.eye(2)), hs.operator(torch.diag(torch.tensor([1.0, 2.0])))
+    with pytest.raises(hs.HesscopeError, match="exact block of this operator"):
+        hs.approximations(H, kinds=["diagonal"], exact=hs.block(other))
+
+
+def test_a_block_may_come_by_any_way_that_gives_the_same_matrix() -> None:
+    of = classifier()
+    part = hs.select(of, {"0.weight": [0, 3, 5]})
+    H = hs.hessian(of, part)
+    ways = [
+        H,
+        hs.hessian(of, part, engine="finite-difference"),
+        hs.hessian(of, part, microbatch=1),
+        hs.hessian(of).restricted_to(part),
+    ]
+    for way in ways:
+        found = hs.approximations(H, kinds=["diagonal"], exact=hs.block(way))
+        assert found.exact.equal(hs.block(way).matrix)
+
+
 def test_refusals() -> None:
     of = problem()
     H = hs.hessian(of, two_blocks(of))
@@ -157,7 +207,7 @@ def test_refusals() -> None:
     with pytest.raises(hs.HesscopeError, match="use the same selection"):
         hs.approximations(H, exact=hs.block(hs.operator(torch.eye(2))))
     other = hs.causal_lm(tiny("llama", seed=1), ragged_batches())
-    with pytest.raises(hs.HesscopeError, match="another fingerprint"):
+    with pytest.raises(hs.HesscopeError, match="is of another: fingerprint"):
         hs.approximations(H, exact=hs.block(hs.hessian(other, two_blocks(other))))
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.diagonal import METHODS, estimator
 from hesscope.algorithms.diagonals import Estimate, Limits, exact_entries, relative_error
-from hesscope.algorithms.driver import Iteration, drive
+from hesscope.algorithms.driver import Iteration, drive, provenance
+from hesscope.algorithms.identity import other_matrix
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Diagonal, DiagonalStudy
 from hesscope.results.statistics import t_quantile
+from hesscope.space.digests import sha256
 
 _LEVEL = 0.95
 #: What is kept of one cell: true and stated relative error, coverage, forward passes, seconds.
@@ -39,13 +41,14 @@ def diagonal_study(
     Args:
         methods: names that `hs.diagonal` knows, "exact" excepted.
         budgets: operator products, each at least 4; every method runs with each.
-        exact: the exact diagonal, flat [n] or a result; without it n products find it.
+        exact: the exact diagonal, flat [n] or a result of this operator (by whatever engine); without it n products find it.
         seeds: repetitions, with seeds `seed`, `seed` + 1, ...
         references: further diagonals, by name, whose relative error is recorded and drawn as a line.
         checkpoint: a folder to keep the state in; the same call goes on with the next estimate, and removes it at the end.
 
     Raises:
-        HesscopeError: an unknown method, a budget below 4, or an exact diagonal of another size.
+        HesscopeError: an unknown method, a budget below 4, or an exact diagonal of another size or, as its record says, another
+            operator.
 
     Example:
         >>> import torch, hesscope as hs
@@ -56,10 +59,17 @@ def diagonal_study(
     """
     H, methods, budgets = H.undivided(), list(methods), sorted(set(budgets))
     _check(methods, budgets, seeds)
+    if isinstance(exact, Diagonal) and (changed := other_matrix(exact.provenance, provenance(H, {}))):
+        raise HesscopeError(
+            f"Expected the exact diagonal of this operator; the one given is of another: {'; '.join(changed)}. Give its numbers alone, "
+            "`exact.flat()`, to hold estimates to it all the same."
+        )
     flat = None if exact is None else _flat(exact, H, "exact")
     others = {name: _flat(found, H, name) for name, found in (references or {}).items()}
     study = _Study(H, methods, budgets, [seed + i for i in range(seeds)], flat)
     options = {"methods": methods, "budgets": budgets, "seeds": seeds, "seed": seed, "exact_given": exact is not None}
+    if flat is not None:
+        options |= {"exact": sha256(H.space.whole, {"exact": flat})[:16]}
     spent = drive(H, study, options, checkpoint)
     figures = study.figures.unbind(-1)
     truth = study.exact

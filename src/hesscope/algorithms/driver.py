@@ -121,7 +121,8 @@ def _drive(H: Operator, iteration: Iteration, options: dict[str, Any], kept: Che
     _step_until_done(H, iteration, cost, kept, snapshot)
     if kept is not None and kept.keep_finished:
         _write(H, kept, snapshot)
-    return {**cost.now(), "provenance": provenance(H, options) | {"probe": report, "resumed": resumed}}
+    record = provenance(H, options) | {"probe": report, "resumed": resumed}
+    return {**cost.now(), "provenance": record if named is None else record | {"identity": named}}
 
 
 def _step_until_done(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
-from hesscope.digest import update_with_bytes, update_with_outline, update_with_tensor
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs
 from hesscope.space import Vectors, vectors
-from hesscope.space.divided import Divided
+from hesscope.space.digests import sha256
 
 #: The random part of a warm start, relative to the rest: what the earlier vectors lack is found from it.
 _FRESH = 1.0
@@ -58,15 +56,7 @@ def start_digest(H: Operator, given: Vectors | None) -> str | None:
     """A SHA-256 of start vectors, for the record."""
     if given is None:
         return None
-    digest = hashlib.sha256()
-    for name, part in H.space.kept(given, gather=False).items():
-        if not isinstance(part, Divided):
-            update_with_tensor(digest, part)
-            continue
-        update_with_outline(digest, part.dtype, part.shape)
-        for k in range(part.shape[0]):
-            update_with_bytes(digest, H.space.gathered({name: given[name][k : k + 1]})[name])
-    return digest.hexdigest()
+    return sha256(H.space, given)
 
 
 def warm_start(H: Operator, given: Vectors | None, seed: int) -> Vectors:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from hesscope.algorithms.checkpoint import Checkpoint
-from hesscope.algorithms.driver import provenance, versions
+from hesscope.algorithms.driver import versions
 from hesscope.algorithms.eigs import eigs
+from hesscope.algorithms.identity import differences, identity, in_words
 from hesscope.algorithms.starting import start_digest, start_vectors, vectors_of
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Eigenpairs, EigsTrack, load
-from hesscope.results.base import MANIFEST, jsonable
+from hesscope.results.base import MANIFEST
 from hesscope.space import Space
 from hesscope.space.divided import Divided
 from hesscope.space.random import resolve_seed
@@ -110,13 +111,18 @@ class _Kept:
         return pairs
 
     def _found(self, folder: Path, H: Operator, wanted: dict[str, Any]) -> Eigenpairs:
-        pairs = load(folder)
-        options = {key: wanted.get(key, default) for key, default in _OPTIONS.items()}
+        pairs: Eigenpairs = load(folder)
+        options = _OPTIONS | {key: value for key, value in wanted.items() if key in _OPTIONS}
         options |= {"start": start_digest(H, start_vectors(H, wanted.get("start")))}
-        if not isinstance(pairs, Eigenpairs) or _identity(pairs.provenance) != _identity(provenance(H, options)):
+        made = pairs.provenance.get("identity") if isinstance(pairs, Eigenpairs) else None
+        changed = ["it does not say of which"]
+        if made is not None:
+            before = in_words(_OPTIONS) | made
+            changed = differences(before, identity(H, before["algorithm"], options, versions()))
+        if changed:
             raise HesscopeError(
-                f"The folder {str(folder)!r} holds another run; choose another folder, or compute everything anew "
-                "(restart=True, --restart)."
+                f"The folder {str(folder)!r} holds another run: {'; '.join(changed)}. Choose another folder, or compute everything "
+                "anew (restart=True, --restart)."
             )
         if self._say is not None:
             self._say(f"{folder.name}: taken from {folder}")
@@ -126,20 +132,13 @@ class _Kept:
 #: What decides the numbers of a search, with the defaults of `eigs`.
 _OPTIONS: dict[str, Any] = {
     "k": 6, "which": "LM", "tol": 1e-3, "max_products": None, "seed": 0, "max_basis": None, "method": "lanczos", "momentum": 0.0,
-    "batches": None,
+    "batches": None, "basis_dtype": None,
 }  # fmt: skip
 
 
 def slug(name: str) -> str:
     """A name as that of a folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "checkpoint"
-
-
-def _identity(made: dict[str, Any]) -> Any:
-    """What decides the numbers of a search."""
-    problem, operator, options = (made.get(key) or {} for key in ("problem", "operator", "options"))
-    kept = {name: options.get(name, default) for name, default in (_OPTIONS | {"start": None}).items()}
-    return jsonable([problem.get("fingerprint"), made.get("selection"), operator.get("operator"), operator.get("engine"), kept])  # fmt: skip
 
 
 class _Track:

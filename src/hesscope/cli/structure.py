@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,28 +74,18 @@ def _run(case: Case, H: Operator, folder: Path, keep_block: bool) -> Structure:
 def _finished(folder: Path, H: Operator) -> Structure | None:
     """An earlier run of this very case; raises HesscopeError where the folder holds another."""
     from hesscope.algorithms.driver import provenance
+    from hesscope.algorithms.identity import differences, recorded
     from hesscope.results import Structure, load
     from hesscope.results.base import MANIFEST
 
     if not comm().on_first(lambda: (folder / MANIFEST).exists()):
         return None
-    earlier, now = load(folder), provenance(H, {})
-    if isinstance(earlier, Structure) and _identity(earlier.provenance) == _identity(now):
+    earlier: Structure = load(folder)
+    changed = ["it is no structure"]
+    if isinstance(earlier, Structure):
+        changed = differences(recorded(earlier.provenance), recorded(provenance(H, {})))
+    if not changed:
         return earlier
     raise HesscopeError(
-        f"The folder {str(folder)!r} already holds another run; choose another --output-dir, or pass --overwrite."
+        f"The folder {str(folder)!r} already holds another run: {'; '.join(changed)}. Choose another --output-dir, or pass --overwrite."
     )
-
-
-def _identity(provenance: dict[str, object]) -> str:
-    """What decides the numbers: problem, selection and operator, without what is measured on the way."""
-    from hesscope.results.base import jsonable
-
-    problem, operator = provenance.get("problem"), provenance.get("operator")
-    kept = {
-        "fingerprint": problem.get("fingerprint") if isinstance(problem, dict) else None,
-        "operator": operator.get("operator") if isinstance(operator, dict) else None,
-        "engine": operator.get("engine") if isinstance(operator, dict) else None,
-        "selection": provenance.get("selection"),
-    }
-    return json.dumps(jsonable(kept), sort_keys=True)

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss as a sum over a batch and the number of its terms; the problem divides once, by the total count."""
+    """A loss as a sum over a batch and the number of its terms; the problem divides once, by the total count.
+
+    A record tells it from others by its code and values (`hesscope.losses.loss_fingerprint`), or by its attribute `fingerprint`, a
+    string, if it has one.
+    """
 
     def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         """The sum of the losses of one batch (a scalar) and the number of terms in it."""

@@ -20,6 +20,7 @@ from hesscope.operators.matrix_run import (
     matrix_run,
 )
 from hesscope.space import Coordinates, Space, Vectors, vectors
+from hesscope.space.digests import Digest
 
 
 class Sum(Operator):
@@ -127,11 +128,12 @@ class Multiple(Operator):
 
 
 class RankOne(Operator):
-    """weight * g g^T for one vector g; costs no forward pass."""
+    """weight * g g^T for one vector g; costs no forward pass. Its record holds a digest of g, unless g is `derived` from the problem."""
 
-    def __init__(self, space: Space, g: Vectors, weight: float = 1.0) -> None:
+    def __init__(self, space: Space, g: Vectors, weight: float = 1.0, derived: bool = False) -> None:
         super().__init__(space, weight >= 0)
         self._g, self._weight = g, weight
+        self._digest = None if derived else Digest(space, g)
 
     def _matmat(self, V: Vectors) -> Vectors:
         return self.space.combine(self._g, self._weight * self.space.inner(self._g, V))
@@ -154,7 +156,8 @@ class RankOne(Operator):
         return 0.0
 
     def describe(self) -> dict[str, Any]:
-        return {"operator": "rank-one", "weight": self._weight, "norm": float(self.space.norms(self._g))}
+        found = {"operator": "rank-one", "weight": self._weight, "norm": float(self.space.norms(self._g))}
+        return found if self._digest is None else found | {"sha256": str(self._digest)}
 
     def origin(self) -> dict[str, Any] | None:
         return None

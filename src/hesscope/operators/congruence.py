@@ -7,6 +7,7 @@ from typing import Any
 from hesscope.communicator import Communicator
 from hesscope.operators.base import Operator
 from hesscope.space import Vectors, vectors
+from hesscope.space.digests import Digest
 
 
 class DiagonalCongruence(Operator):
@@ -18,6 +19,7 @@ class DiagonalCongruence(Operator):
     def __init__(self, base: Operator, s: Vectors) -> None:
         super().__init__(base.space, base.positive_semidefinite)
         self._base, self.scales = base, s
+        self._digest = Digest(base.space, s)
 
     def _matmat(self, V: Vectors) -> Vectors:
         return vectors.multiply(self._base.matmat(vectors.multiply(V, self.scales)), self.scales)
@@ -35,7 +37,8 @@ class DiagonalCongruence(Operator):
         return self._base.comm
 
     def describe(self) -> dict[str, Any]:
-        return {"operator": "congruence", "of": self._base.describe(), "norm": float(self.space.norms(self.scales))}
+        norm = float(self.space.norms(self.scales))
+        return {"operator": "congruence", "of": self._base.describe(), "norm": norm, "sha256": str(self._digest)}
 
     def origin(self) -> dict[str, Any] | None:
         return self._base.origin()

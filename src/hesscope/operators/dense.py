@@ -12,11 +12,12 @@ from torch import Tensor
 from hesscope.errors import HesscopeError
 from hesscope.operators.base import Operator
 from hesscope.space import Vectors
+from hesscope.space.digests import Digest
 from hesscope.space.space import flat_space
 
 
 class FlatOperator(Operator):
-    """A function from [n, K] to [n, K], taken at its word to be linear and symmetric."""
+    """A function from [n, K] to [n, K], taken at its word to be linear and symmetric; its record has a digest of its matrix, if known."""
 
     def __init__(
         self,
@@ -26,10 +27,12 @@ class FlatOperator(Operator):
         device: torch.device,
         kind: str,
         positive_semidefinite: bool,
+        matrix: Tensor | None = None,
     ) -> None:
         super().__init__(flat_space(size, dtype, device), positive_semidefinite)
         self._function = matmat
         self._kind = kind
+        self._digest = None if matrix is None else Digest(self.space, {"x": matrix})
 
     def _matmat(self, V: Vectors) -> Vectors:
         X_nK = V["x"].T
@@ -45,7 +48,7 @@ class FlatOperator(Operator):
         return 0.0
 
     def describe(self) -> dict[str, Any]:
-        return {"operator": self._kind}
+        return {"operator": self._kind} | ({} if self._digest is None else {"sha256": str(self._digest)})
 
     def origin(self) -> dict[str, Any] | None:
         return None
@@ -84,7 +87,7 @@ def operator(
         where = torch.device(device or "cpu")
         return FlatOperator(matrix, size, dtype or torch.float32, where, "function", positive_semidefinite)
     A = _symmetric(torch.as_tensor(matrix), dtype, device)
-    return FlatOperator(lambda X: A @ X, A.shape[0], A.dtype, A.device, "matrix", positive_semidefinite)
+    return FlatOperator(lambda X: A @ X, A.shape[0], A.dtype, A.device, "matrix", positive_semidefinite, A)
 
 
 def _of_scipy(

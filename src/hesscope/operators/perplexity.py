@@ -32,7 +32,8 @@ class CurvatureOfPerplexity(Operator):
         if self._current is None or self._current[0] != key:
             risk, gradient = self._of_risk.risk_and_gradient()
             perplexity = math.exp(risk)
-            self._current = key, perplexity, perplexity * (self._of_risk + RankOne(self.space, gradient)), gradient
+            updated = self._of_risk + RankOne(self.space, gradient, derived=True)
+            self._current = key, perplexity, perplexity * updated, gradient
         return self._current[1:]
 
     def _matmat(self, V: Vectors) -> Vectors:

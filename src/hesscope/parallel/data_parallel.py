@@ -79,7 +79,7 @@ def divided(problem: Problem, comm: Communicator, options: Mapping[str, str] | N
     own = {
         "weights": problem.describe()["weights_fingerprint"],
         "data": problem.data_fingerprint,
-        "settings": f"{type(problem.loss).__name__}, {problem.objective}, {problem.dropout}, {problem.seed}",
+        "settings": f"{problem.loss_fingerprint}, {problem.objective}, {problem.dropout}, {problem.seed}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     own |= {f"--{name.replace('_', '-')}": value for name, value in (options or {}).items()}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
-from hesscope.losses import Loss, MeanLoss, SplitLoss
+from hesscope.losses import KnownLoss, Loss, SplitLoss, as_loss, loss_fingerprint
 from hesscope.models import (
     borrowed,
     class_name,
@@ -48,7 +48,7 @@ class Problem:
         model: any `torch.nn.Module` on one device, or spread or offloaded by accelerate. It is never changed: parameters are read through aliases, and
             whatever is switched for the duration of a pass is switched back.
         loss: an object with `total(model, batch) -> (sum, count)`, or a function `(model, batch) -> mean`, which needs
-            `count`.
+            `count`. Code and values are read here, for the fingerprint; make another problem for a loss that was changed since.
         batches: any iterable of batches (nested dictionaries, lists and tuples of tensors), of any sizes; read once,
             copied and kept on the CPU.
         count: for a function that returns a mean: the number of terms in a batch's mean, as `count(batch)`; with none, it is not read.
@@ -69,7 +69,7 @@ class Problem:
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss | Callable[[nn.Module, Any], Tensor],
+        loss: Loss | Callable[[nn.Module, Any], Tensor] | KnownLoss,
         batches: Iterable[Any],
         *,
         count: Callable[[Any], int] | None = None,
@@ -88,7 +88,9 @@ class Problem:
         if dropout == "off":
             require_no_dropout(model)
         self.model = model
-        self.loss = _as_loss(loss, count)
+        self.loss: Loss = loss.loss if isinstance(loss, KnownLoss) else as_loss(loss, count)
+        #: What the loss is, as it was when the problem was made: a loss that counts its calls stays the same.
+        self.loss_fingerprint = loss.fingerprint if isinstance(loss, KnownLoss) else loss_fingerprint(self.loss, model)
         self.batches = freeze(batches)
         require_place("borders", borders)
         require_place("vectors", vectors)
@@ -297,7 +299,7 @@ class Problem:
         """This problem with another model, other batches or another objective."""
         other = Problem(
             self.model if model is None else model,
-            self.loss,
+            KnownLoss(self.loss, self.loss_fingerprint),
             self.batches if batches is None else batches,
             objective=objective or self.objective,
             dropout=self.dropout,
@@ -335,8 +337,11 @@ class Problem:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the numbers: weights, batches, loss, objective, dropout."""
-        parts = [self._model_fingerprint(), self.data_fingerprint, type(self.loss).__name__, self.objective]
+        """SHA-256 of everything that decides the numbers: weights, batches, loss, objective, dropout.
+
+        A loss of one's own is told by its code and all values that it holds when the problem is made: `loss_fingerprint`.
+        """
+        parts = [self._model_fingerprint(), self.data_fingerprint, self.loss_fingerprint, self.objective]
         parts += [self.dropout, str(self.seed) if self.dropout == "frozen" else ""]
         if self.dropout == "frozen" and self.places != tuple(range(len(self.batches))):
             parts.append(str(self.places))
@@ -357,6 +362,7 @@ class Problem:
             "weights_fingerprint": self._model_fingerprint(),
             "model": class_name(self.model),
             "loss": type(self.loss).__name__,
+            "loss_fingerprint": self.loss_fingerprint,
             "objective": self.objective,
             "dropout": self.dropout,
             "batches": len(self.batches),
@@ -398,21 +404,6 @@ class _Applied(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         return self._function(self.model, batch)
-
-
-def _as_loss(loss: Any, count: Callable[[Any], int] | None) -> Loss:
-    if hasattr(loss, "total"):
-        return loss  # type: ignore[no-any-return]
-    if not callable(loss):
-        raise HesscopeError(
-            f"Expected a loss with a method total(model, batch), or a function, got {type(loss).__name__}."
-        )
-    if count is None:
-        raise HesscopeError(
-            "Expected count= with a loss function that returns a mean: pass a function that gives the number of terms "
-            "in a batch's mean, for it cannot be guessed."
-        )
-    return MeanLoss(loss, count)
 
 
 def _batch_seed(seed: int, b: int) -> int:

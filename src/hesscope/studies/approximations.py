@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hesscope.algorithms import block
 from hesscope.algorithms.checkpoint import Checkpoint
+from hesscope.algorithms.driver import provenance
+from hesscope.algorithms.identity import other_matrix
 from hesscope.algorithms.membership import Membership, membership
 from hesscope.errors import HesscopeError
 from hesscope.operators import Operator, fisher, ggn, kfac
@@ -56,12 +58,13 @@ def approximations(
             "fisher", "kfac", "ekfac", which need an operator of a problem. All but "fisher" by default, as far as they exist
             for H and its selection; what was left out, and why, is in `skipped`.
         samples, per, seed: of the label sets of "fisher", "kfac" and "ekfac".
-        exact: H's block, where it was computed before.
+        exact: H's block, where it was computed before, by whatever engine.
         others: further approximations by name, operators over the same selection.
         checkpoint: as for `hesscope.block`, for H's.
 
     Raises:
-        HesscopeError: an unknown kind, one that was asked for and cannot be made, or an operator of another selection.
+        HesscopeError: an unknown kind, one that was asked for and cannot be made, an operator of another selection, or a block that
+            its record says is another operator's.
 
     Example:
         >>> import torch, hesscope as hs
@@ -75,7 +78,7 @@ def approximations(
         exact, operator = H, None
     else:
         operator = H
-        exact = _of_same_selection(exact, H) if exact is not None else block(H, checkpoint=checkpoint)
+        exact = _own(exact, H) if exact is not None else block(H, checkpoint=checkpoint)
     table = _Table(exact)
     members = membership(exact.labels, exact.provenance.get("selection"))
     for name in (name for name in wanted if name in _PARTS):
@@ -102,17 +105,17 @@ def _checked(kinds: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def _of_same_selection(exact: Block, H: Operator) -> Block:
+def _own(exact: Block, H: Operator) -> Block:
     """The block, known to be H's."""
     if exact.labels != H.space.labels:
         raise HesscopeError(
             f"Expected an exact block over the {H.space.size} selected coordinates, got one over {len(exact.labels)} or other "
             "coordinates; use the same selection."
         )
-    made, now = exact.provenance.get("problem") or {}, H.origin() or {}
-    if made.get("fingerprint") != now.get("fingerprint"):
+    changed = other_matrix(exact.provenance, provenance(H, {}))
+    if changed:
         raise HesscopeError(
-            "Expected an exact block of the same model, data and loss; this one has another fingerprint."
+            f"Expected the exact block of this operator, model, data and loss; the one given is of another: {'; '.join(changed)}."
         )
     return exact
 
