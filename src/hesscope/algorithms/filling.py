@@ -65,6 +65,7 @@ class Filling(Iteration):
         self._task, self._spent = state["task"], state["spent"]
         self.found = state["found"].to(self.found.device)
         self.run.restore(state["run"])
+        self.expected = max(1, round(self.run.products))
         if self._H.comm.rank > 0 and not self.done:
             self.found.zero_()
 

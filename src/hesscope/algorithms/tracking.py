@@ -65,12 +65,13 @@ def track_eigs(
     """
     if not operators:
         raise HesscopeError("Expected at least one operator to track, got an empty dictionary.")
-    seed = resolve_seed(seed)
     wanted: dict[str, Any] = {"k": k, "which": which, "tol": tol, "max_products": max_products, "seed": seed, **how}
     kept = None if folder is None else _Kept(Path(folder), list(operators), every, restart, say)
-    track = _Track(which, tol, seed)
+    track = _Track(which, tol)
     for name, made in operators.items():
         H = made if isinstance(made, Operator) else made()
+        if track.seed is None:
+            track.seed = wanted["seed"] = H.comm.on_first(lambda: resolve_seed(seed))
         track.require_same(name, H.space)
         if track.last is not None:
             wanted["start"] = track.last
@@ -144,8 +145,10 @@ def slug(name: str) -> str:
 class _Track:
     """The checkpoints so far; of their vectors only the last ones are held."""
 
-    def __init__(self, which: str, tol: float, seed: int) -> None:
-        self._which, self._tol, self._seed = which, tol, seed
+    def __init__(self, which: str, tol: float) -> None:
+        self._which, self._tol = which, tol
+        #: Known once there is an operator, whose ranks have to agree on it.
+        self.seed: int | None = None
         self.last: Eigenpairs | None = None
         self._first: tuple[str, Space] | None = None
         self._pairs: list[tuple[str, Tensor, Tensor, bool]] = []
@@ -187,12 +190,13 @@ class _Track:
         k = len(values[0])
         cosines = torch.stack(self._cosines) if self._cosines else torch.zeros(0, k, dtype=torch.float64)
         first = next(iter(self._provenance.values()))
+        assert self.seed is not None
         record = {key: first[key] for key in ("operator", "selection")}
         record |= {"options": options, "checkpoints": self._provenance, "versions": versions()}
         return EigsTrack(**self._cost, provenance=record, names=names, which=self._which,
                          eigenvalues=torch.stack(values), residuals=torch.stack(residuals), converged=converged,
                          cosines=cosines, spent=self._spent, cold=self._cold if cold else [], tol=self._tol,
-                         seed=self._seed)  # fmt: skip
+                         seed=self.seed)  # fmt: skip
 
 
 def _alone(part: Tensor | Divided) -> Tensor | Divided:

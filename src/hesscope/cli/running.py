@@ -91,6 +91,8 @@ def make_problem(common: CommonOptions) -> Problem:
     keywords = {name: getattr(common, name) for name in _PROBLEM_FIELDS}
     data: Any = common.data
     keywords["model"] = model_source(common)
+    if comm().ranks > 1 and common.offload_folder is not None:
+        keywords["offload_folder"] = str(Path(common.offload_folder) / f"rank{comm().rank}")  # all write there
     if common.layout != "data":
         keywords |= {"model": _divided_model(common)}
         keywords |= dict.fromkeys(("dtype", "device", "device_map", "offload_folder"))

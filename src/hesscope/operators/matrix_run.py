@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -171,6 +171,45 @@ class DiagonalBlocks(_Stateless):
 
     def describe(self) -> dict[str, Any]:
         return {"route": "blocks that are known"}
+
+
+class EitherWay(MatrixRun):
+    """Work that can be done in several ways, of which the memory or the layout decides; what was begun goes on as it was begun.
+
+    A task of one way is not a task of another, and what is summed so far does not tell them apart.
+    """
+
+    def __init__(self, ways: Mapping[str, Callable[[], MatrixRun]], way: str) -> None:
+        self._ways = ways
+        self._take(way)
+
+    def _take(self, way: str) -> None:
+        self._way, self._run = way, self._ways[way]()
+        self._count()
+
+    def _count(self) -> None:
+        self.tasks, self.products, self.graphs = self._run.tasks, self._run.products, self._run.graphs
+
+    def run(self, task: int, into: Tensor, weight: float = 1.0) -> float:
+        return self._run.run(task, into, weight)
+
+    def is_shared(self, task: int) -> bool:
+        return self._run.is_shared(task)
+
+    def settle(self) -> None:
+        self._run.settle()
+
+    def state(self) -> dict[str, Any]:
+        return {"way": self._way, "of it": self._run.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["way"] != self._way:
+            self._take(state["way"])
+        self._run.restore(state["of it"])
+        self._count()
+
+    def describe(self) -> dict[str, Any]:
+        return self._run.describe()
 
 
 class Weighted(MatrixRun):

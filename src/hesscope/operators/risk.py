@@ -21,7 +21,7 @@ from hesscope.operators.asked import sum_dtype
 from hesscope.operators.base import Operator
 from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.graphs import GraphMemory, KeptLinearizations, graph_memory_of
-from hesscope.operators.matrix_run import MatrixRun, UnitVectors
+from hesscope.operators.matrix_run import EitherWay, MatrixRun, UnitVectors
 from hesscope.operators.output_hessian import OutputHessian
 from hesscope.operators.probed_diagonal import ProbedDiagonal
 from hesscope.operators.product_error import ProductError, are_stated, measure_product_error
@@ -210,9 +210,14 @@ class CurvatureOfRisk(Operator):
     def matrix_run(self, route: str) -> MatrixRun:
         """Batch by batch, on a graph of its own; an engine asked for by another name is taken at its word."""
         self._make_room()
-        if not isinstance(self.engine, (Auto, ReverseOverReverse, ThroughOutputs)) or self._is_streamed:
+        streamed = self._is_streamed
+        if not streamed and not isinstance(self.engine, (Auto, ReverseOverReverse, ThroughOutputs)):
             return UnitVectors(self)
-        middle = self.engine.middle if isinstance(self.engine, ThroughOutputs) else None
+        ways = {"products": lambda: UnitVectors(self), "batches": lambda: self._batch_columns(route)}
+        return EitherWay(ways, "products" if streamed else "batches")
+
+    def _batch_columns(self, route: str) -> BatchColumns:
+        middle = getattr(self.engine, "middle", None)
         # Graphs kept for products, those of a probe before the run included, make room for the block's own.
         self._columns.append(BatchColumns(self._parts, self._inner, route, self.release, middle, self.precision))
         return self._columns[-1]
