@@ -25,6 +25,8 @@ _PROBLEM = {
     "attention": "attention",
     "fingerprint": "problem",
 }
+#: The end of what is said of an engine that was asked for by name.
+_ASKED = "as asked"
 #: What an operator's description says of how its products are made, which leaves its matrix the same but for rounding.
 _HOW = frozenset({"engine", "microbatch"})
 _PACKAGES = ("hesscope", "torch", "transformers")
@@ -116,8 +118,13 @@ def _sample(H: Operator) -> dict[str, str]:
 
 
 def _words(value: Any) -> str:
-    """A value in words; a number that was computed, such as a norm, to five digits."""
+    """A value in words; a number that was computed, such as a norm, to five digits.
+
+    An engine that nobody asked for by name is "auto": memory and layout decide which it is, and may decide otherwise later.
+    """
     if isinstance(value, dict):
+        if "engine" in value and not str(value.get("engine_choice", _ASKED)).endswith(_ASKED):
+            value = {**value, "engine": "auto"}
         return ", ".join(f"{k} {_words(_rounded(v))}" for k, v in value.items() if k not in _VOLATILE)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_words, value)) + "]"

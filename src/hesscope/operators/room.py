@@ -59,6 +59,7 @@ def make_room(
     if isinstance(engine, Auto):
         engine.settle(other, found.reason)
         return engine, found.left
+    other.note = f"{other.name}: {found.reason}"
     return other, found.left
 
 
@@ -102,6 +103,7 @@ def _for_elsewhere(engine: Engine, streamed: Callable[[], Engine], reason: str) 
     if isinstance(engine, Auto):
         engine.settle(other, reason)
         return engine
+    other.note = f"{other.name}: {reason}"
     return other
 
 
