@@ -113,5 +113,5 @@ def test_bad_input() -> None:
         hs.eigs(H, k=1, basis_dtype=torch.float64)
     with pytest.raises(hs.HesscopeError, match="at least 6 for 3 pairs"):
         hs.eigs(H, k=3, basis_dtype="float16", max_products=5)
-    with pytest.raises(hs.HesscopeError, match="nor basis_dtype with method='power'"):
+    with pytest.raises(hs.HesscopeError, match="basis_dtype with method='power'"):
         hs.eigs(H, k=1, method="power", basis_dtype="float16")

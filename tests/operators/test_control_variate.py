@@ -190,7 +190,8 @@ def test_labels_for_a_sign_vector() -> None:
 def test_auto_chooses_it_where_the_model_is_linear(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     H = linear()
     if lean:
-        monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 100 * 180 * 8)
+        for module in ("automatic", "scheduled"):
+            monkeypatch.setattr(f"hesscope.algorithms.diagonals.{module}.vectors_that_fit", lambda *_: 100)
     before = H.units
     found = hs.diagonal(H, budget=120)
     record = found.provenance["estimator"]

@@ -312,7 +312,8 @@ def test_auto_chooses_probes_for_every_sequence_where_they_pay(monkeypatch: pyte
     assert 8 < chosen["per_sequence_gain"] < 80
     assert "per-sequence (chosen by a pilot)" in found.summary()
     # Where memory holds few vectors, nothing that keeps them competes.
-    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 100 * H.space.size * 8)
+    for module in ("automatic", "scheduled"):
+        monkeypatch.setattr(f"hesscope.algorithms.diagonals.{module}.vectors_that_fit", lambda *_: 100)
     lean = hs.diagonal(hs.hessian(H.problem, H.space), budget=61)
     assert lean.method == "per-sequence"
     assert lean.provenance["estimator"]["chosen"]["reason"] == "the free memory and a pilot"

@@ -12,7 +12,17 @@ from hesscope.results.base import jsonable
 
 #: What an operator's description says of how a run went, or derives from the problem, and not what the operator is.
 _VOLATILE = frozenset(
-    {"graphs_kept", "graph_bytes", "engine_choice", "engine_error", "head", "kernel", "perplexity", "composed"}
+    {
+        "graphs_kept",
+        "graph_bytes",
+        "engine_asked",
+        "engine_choice",
+        "engine_error",
+        "head",
+        "kernel",
+        "perplexity",
+        "composed",
+    }
 )
 #: What a problem's description says of it beyond where it came from.
 _PROBLEM = {
@@ -25,10 +35,8 @@ _PROBLEM = {
     "attention": "attention",
     "fingerprint": "problem",
 }
-#: The end of what is said of an engine that was asked for by name.
-_ASKED = "as asked"
 #: What an operator's description says of how its products are made, which leaves its matrix the same but for rounding.
-_HOW = frozenset({"engine", "microbatch"})
+_HOW = frozenset({"engine", "engine_asked", "microbatch"})
 _PACKAGES = ("hesscope", "torch", "transformers")
 
 
@@ -123,8 +131,8 @@ def _words(value: Any) -> str:
     An engine that nobody asked for by name is "auto": memory and layout decide which it is, and may decide otherwise later.
     """
     if isinstance(value, dict):
-        if "engine" in value and not str(value.get("engine_choice", _ASKED)).endswith(_ASKED):
-            value = {**value, "engine": "auto"}
+        if "engine_asked" in value:
+            value = {**value, "engine": value["engine_asked"]}
         return ", ".join(f"{k} {_words(_rounded(v))}" for k, v in value.items() if k not in _VOLATILE)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_words, value)) + "]"

@@ -59,7 +59,6 @@ def make_room(
     if isinstance(engine, Auto):
         engine.settle(other, found.reason)
         return engine, found.left
-    other.note = f"{other.name}: {found.reason}"
     return other, found.left
 
 
@@ -81,7 +80,7 @@ def _decide(
         return _Decision("", None)  # nothing is known, so nothing is refused
     if needed <= available:
         return _Decision("", min(available - needed, least_of_one))
-    instead = _resident_if_it_runs(runs, streamed) if _may_give_way(engine) else None
+    instead = _resident_if_it_runs(runs, streamed) if may_give_way(engine) else None
     if instead is not None and instead <= available:
         reason = f"{_gigabytes(needed)} for {name_of(engine)} do not fit into {_gigabytes(available)}"
         return _Decision(reason, min(available - instead, least_of_one))
@@ -97,13 +96,12 @@ def _decide(
 
 def _for_elsewhere(engine: Engine, streamed: Callable[[], Engine], reason: str) -> Engine:
     """The engine, or in place of one that nobody asked for the one that brings a block's weights at a time."""
-    if not _may_give_way(engine) or (isinstance(engine, Auto) and engine.settled):
+    if not may_give_way(engine) or (isinstance(engine, Auto) and engine.settled):
         return engine
     other = streamed()
     if isinstance(engine, Auto):
         engine.settle(other, reason)
         return engine
-    other.note = f"{other.name}: {reason}"
     return other
 
 
@@ -127,7 +125,8 @@ def name_of(engine: Engine) -> str:
     return engine.chosen if isinstance(engine, Auto) else engine.name
 
 
-def _may_give_way(engine: Engine) -> bool:
+def may_give_way(engine: Engine) -> bool:
+    """Whether nobody has asked for the engine by name."""
     return isinstance(engine, Auto) or "nothing else is asked for" in engine.note
 
 
@@ -150,7 +149,7 @@ def _advice(problem: Problem, engine: Engine, needed: int, available: int) -> st
     )
     if rows > 1:
         return f"use batches of {max(1, int(rows * available / needed))} or fewer of their {rows} sequences (--batch-size, microbatch=)"
-    other = "" if isinstance(engine, Streamed) or _may_give_way(engine) else "take engine='streamed', "
+    other = "" if isinstance(engine, Streamed) or may_give_way(engine) else "take engine='streamed', "
     return f"{other}shorten the sequences or select fewer parameters"
 
 
