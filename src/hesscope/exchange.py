@@ -178,7 +178,12 @@ class Exchange:
         """All rows of one tensor on the process that collects, None on others; all processes call it, in step."""
         if self.root is None or self.size == 1:
             return own if self.collects else None
-        form = ByRows(rows)
+        try:
+            return self._collected(own, ByRows(rows))
+        except Exception as error:
+            raise self.failed(error) from error
+
+    def _collected(self, own: Tensor, form: ByRows) -> Tensor | None:
         mine = form.sent(own.to(self._device), self.size)
         found = mine.new_empty(self.size, len(mine)) if self.collects else None
         if mine.numel():

@@ -76,6 +76,7 @@ class CurvatureOfRisk(Operator):
         self._probed: ProbedDiagonal | None = None
         self._gauss_newton: CurvatureOfRisk | None = None
         self._has_room = False
+        self._looked: tuple[Engine, bool] | None = None
         self._measured_error: tuple[object, ProductError] | None = None
 
     def _make_room(self) -> None:
@@ -98,11 +99,19 @@ class CurvatureOfRisk(Operator):
             self._measure(self.engine, self.space.gathered(V))
         return self.product_over(range(len(self._parts.batches)), V)
 
+    def _prepare(self) -> None:
+        """Let the engine look at the problem before its first product; an exception there is all ranks'."""
+        looking = (self.engine, isinstance(self.engine, Auto) and self.engine.settled)
+        if looking == self._looked:
+            return
+        with self.problem.comm.summed(), multiplying("float32"):
+            self._units += self.engine.prepare(self._parts, self._inner)
+        self._looked = looking
+
     def product_over(self, batches: Sequence[int], V: Vectors) -> Vectors:
         """What these batches contribute to the product: (1/N) times their sum."""
         self._make_room()
-        with multiplying("float32"):
-            self._units += self.engine.prepare(self._parts, self._inner)
+        self._prepare()
         if self._probed is not None:
             self._probed.drop()
         if self.space.divided is None:

@@ -30,7 +30,8 @@ _PIECE = 64 * 2**20
 _SLICE = 1.0
 #: Seconds of silence after which a rank counts as lost, where nothing else is said.
 TIMEOUT = 60.0
-_NUMBERS = count()
+#: How often this process has been one of some ranks: each time in a place of the store of its own, in step with the others.
+_TIMES: dict[tuple[int, ...], Iterator[int]] = {}
 
 
 class Ranks(Communicator):
@@ -53,9 +54,8 @@ class Ranks(Communicator):
             torch.device("cuda", torch.cuda.current_device()) if "nccl" in self.backend else torch.device("cpu")
         )
         self.device_type = self._device.type
-        name = (
-            f"hesscope/{next(_NUMBERS)}/{'-'.join(map(str, dist.get_process_group_ranks(group or dist.group.WORLD)))}"
-        )
+        members = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+        name = f"hesscope/{next(_TIMES.setdefault(members, count()))}/{'-'.join(map(str, members))}"
         self._watch = Watch(PrefixStore(name, _get_default_store()), self.rank, self.ranks, timeout)
         self._store = self._watch.store
         self._sequence = 0
@@ -111,6 +111,7 @@ class Ranks(Communicator):
     def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Iterator[Own]:
         own, tensors = Own(), [tensor for part in parts for tensor in part.values()]
         mark = (0, 0) if of is None else _digest(of, self._sequence)
+        self._start()  # what was said of an exception that all had is not to be read while this rank does its share
         try:
             yield own
         except RankLost:
