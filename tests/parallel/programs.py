@@ -45,6 +45,7 @@ from hesscope.cli.main import run
 from hesscope.engines import make_engine
 from hesscope.engines.dry import DryRuns
 from hesscope.engines.reverse_over_reverse import ReverseOverReverse
+from hesscope.engines.streaming import Streamed
 from hesscope.errors import RankLost
 from hesscope.models import is_sharded, load_model, load_skeleton
 from hesscope.models.offload import Offloaded
@@ -807,3 +808,51 @@ def _timed(run: Callable[[], Any]) -> dict[str, Any]:
     except RankLost as error:
         return {"said": str(error), "seconds": time.monotonic() - began}
     return {"said": "nothing", "seconds": 0.0}
+
+
+# ---- exceptions that the ranks outlive
+
+
+def outlived(folder: Path) -> dict[str, Any]:
+    """One rank fails while its engine looks at the problem; all fail alike, and one is then slow; one rank was in a group alone."""
+    first, found = dist.get_rank() == 0, {}
+    alone = dist.new_group([0])
+    if first:
+        hs.data_parallel(hs.causal_lm(tiny("gpt2"), ragged_batches()), alone)
+    problem = hs.data_parallel(hs.causal_lm(tiny("gpt2"), ragged_batches()), timeout=4)
+    space = hs.select(problem, "*ln_f*")
+    v = torch.ones(space.size, dtype=torch.float64)
+    with _failing(Streamed, "prepare", not first):
+        found["prepare"] = _complaint(lambda: hs.hessian(problem, space, "streamed") @ v)
+    found["after"] = hs.hessian(problem, space) @ v
+    with _failing(Krylov, "step", True):
+        found["all"] = _complaint(lambda: hs.lanczos(hs.hessian(problem, space), 3))
+    real = ReverseOverReverse.linearize
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        time.sleep(0 if first else 2.5)
+        return real(self, *arguments)
+
+    ReverseOverReverse.linearize = slow  # type: ignore[method-assign]
+    try:
+        found["slow"] = hs.hessian(problem, space) @ v
+    finally:
+        ReverseOverReverse.linearize = real  # type: ignore[method-assign]
+    return found
+
+
+@contextmanager
+def _failing(owner: Any, name: str, here: bool) -> Iterator[None]:
+    """Inside, a method finds no memory, here."""
+    real = getattr(owner, name)
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        if here:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *arguments)
+
+    setattr(owner, name, fail)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)

@@ -15,6 +15,7 @@ from programs import DENSITY, TIMEOUT, _run, commands, in_bfloat16, interrupted
 from shared_cases import ARCHITECTURES, QUICK, cases, grouped_cases
 
 import hesscope as hs
+from architectures import ragged_batches, tiny
 from hesscope.parallel.ranks import _digest
 from oracles import relative
 
@@ -34,6 +35,7 @@ PROGRAMS = (
     "vanished",
     "moved",
     "other_options",
+    "outlived",
     "gone",
 )
 
@@ -244,6 +246,20 @@ def test_other_options_on_a_rank_are_refused(two: list[dict[str, Any]]) -> None:
         assert said.startswith(
             f"hesscope: rank {rank}: Expected the same loss, objective, dropout and seed on every rank"
         )
+
+
+def test_exceptions_that_ranks_outlive(two: list[dict[str, Any]]) -> None:
+    """None of them hangs, and what comes after is right: also where one rank has been in a group of its own before."""
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    H = hs.hessian(problem, hs.select(problem, "*ln_f*"))
+    expected = H @ torch.ones(H.shape[0], dtype=torch.float64)
+    assert two[0]["outlived"]["prepare"] == "Rank 1 stopped: OutOfMemoryError: no memory"
+    for rank in two:
+        found = rank["outlived"]
+        assert "no memory" in found["prepare"]
+        assert "no memory" in found["all"]
+        for name in ("after", "slow"):
+            assert relative(found[name], expected) < 1e-10
 
 
 def test_a_rank_that_leaves_is_named_in_time(two: list[dict[str, Any]]) -> None:
