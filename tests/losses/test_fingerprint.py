@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import hesscope as hs
-from hesscope.losses import loss_fingerprint
+from hesscope.losses import fingerprint, loss_fingerprint
 
 F64 = torch.float64
 POWER, WEIGHTS, LOG = 4, torch.tensor([1.0, 2.0]), logging.getLogger("hesscope.tests")
@@ -266,3 +267,14 @@ def test_a_run_of_another_loss_is_neither_continued_nor_taken(tmp_path: Path) ->
         hs.track_eigs({"a": H(10.0)}, k=1, folder=tmp_path / "track")
     with pytest.raises(hs.HesscopeError, match="fingerprint"):
         hs.approximations(H(10.0), exact=hs.block(H(1.0)))
+
+
+def test_the_code_of_installed_packages_is_not_read() -> None:
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        assert batch is not None  # which pytest rewrites, to calls of its own
+        return net(batch) * float(pytest.approx(1.0).expected)
+
+    reader = fingerprint._Reader(nn.Linear(1, 1))
+    reader.digest(loss)
+    read = [Path(value.co_filename) for value, _ in reader._done.values() if isinstance(value, CodeType)]
+    assert {path.name for path in read} == {"test_fingerprint.py"}

@@ -27,6 +27,8 @@ _PLAIN = (type(None), type(Ellipsis), type(NotImplemented), bool, int, float, co
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "training"}
 #: Hexadecimal digits that are kept.
 _DIGITS = 16
+#: Where Python's own modules and installed packages are.
+_INSTALLED = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
 #: What lies deeper counts by its type.
 _DEEPEST = 100
 
@@ -44,7 +46,7 @@ def loss_fingerprint(loss: Any, model: nn.Module) -> str:
 
     That is, followed from one to the next: a function's name, compiled code, constants, defaults, closure and the globals it
     reads; an object's class with the code of its methods, and its attributes; numbers, texts, containers and tensors by
-    value. The libraries' functions and classes count by name, the model and its parts by their places in it, a device by
+    value. Functions and classes of Python and of installed packages count by name, the model and its parts by their places in it, a device by
     its kind, and what shows no state by its type. No address, hash or line number enters, so that processes agree; another
     version of Python compiles otherwise, and gives another hash.
 
@@ -209,14 +211,14 @@ def _name(kind: type) -> str:
 
 @functools.cache
 def _is_foreign(module: str | None) -> bool:
-    """Whether a module belongs to Python or to a library whose version is known."""
+    """Whether a module belongs to Python or to an installed package, whose code is not read."""
     top = (module or "").partition(".")[0]
-    if top not in sys.stdlib_module_names:
-        return top in _LIBRARIES
-    file = getattr(
-        sys.modules.get(top), "__file__", None
-    )  # a file of the caller's may have the name of one of Python's
-    return file is None or file.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")))
+    found = sys.modules.get(top)
+    file = getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", ())), None)
+    if file is None:  # built in, or not imported
+        return top in _LIBRARIES or top in sys.stdlib_module_names
+    # A file of the caller's may have the name of one of Python's.
+    return top in _LIBRARIES or str(file).startswith(_INSTALLED)
 
 
 def _content(cell: Any) -> Any:
