@@ -106,17 +106,6 @@ def on_record(case: str) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def predict_memory(problem: Any, operator: str, case: str) -> dict[str, Any]:
-    """The prediction on record, its bytes found anew: they do not depend on what else the machine does, as seconds do."""
-    import hesscope as hs
-
-    record = json.loads((Path(__file__).parent / "results" / "plan.json").read_text())
-    found: dict[str, Any] = record["cases"][case]["predicted"][operator]
-    for engine, row in hs.plan(problem, operator=operator, measure=False).engines.items():
-        found["engines"][engine] |= {key: value for key, value in row.items() if key.endswith("_bytes")}
-    return found
-
-
 def report(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Print a table of ratios, predicted over measured; returns the ones that are furthest off."""
     print(f"{'predicted over measured':66s}{'peak MB':>9s}{'memory':>8s}{'seconds':>9s}{'first':>7s}{'further':>9s}")
@@ -147,14 +136,12 @@ def main() -> None:
     parser.add_argument("--stories", help="folder of the stories260k model; its case is left out by default")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--again", action="store_true", help="predict anew, against the measurements on record")
-    parser.add_argument("--memory", action="store_true", help="predict memory anew, against all else that is on record")
     parser.add_argument("--small", action="store_true", help="a short sequence, to try the script")
     arguments = parser.parse_args()
     if arguments.side:
         problem = make_problem(arguments.case, arguments.stories)
         if arguments.side in OPERATORS:
-            own = (problem, arguments.side)
-            print(json.dumps(predict_memory(*own, arguments.case) if arguments.memory else predict(*own)))
+            print(json.dumps(predict(problem, arguments.side)))
         else:
             operator, engine, graphs = arguments.side.split(", ")
             print(json.dumps(measure(problem, operator, engine, graphs == "kept")))
@@ -165,11 +152,11 @@ def main() -> None:
     cases = SMALL if arguments.small else tuple(c for c in CASES if stories or not c.startswith("stories"))
     found: dict[str, dict[str, Any]] = {}
     for case in (c for c in cases if (arguments.only or "") in c):
-        own = ["--case", case, *stories, *(["--memory"] if arguments.memory else [])]
+        own = ["--case", case, *stories]
         found[case] = {
             "predicted": {name: in_fresh_process(__file__, "--side", name, *own) for name in OPERATORS},
             "measured": on_record(case)
-            if arguments.again or arguments.memory
+            if arguments.again
             else {side: in_fresh_process(__file__, "--side", side, *own) for side in map(", ".join, SIDES)},
         }
     ends = report(found)

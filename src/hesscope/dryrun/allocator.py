@@ -18,9 +18,8 @@ from statistics import median
 
 import torch
 
-#: Sizes of the small blocks that come with a tensor, a guess a line: those below 64 bytes, of which a process that differentiates
-#: twice makes most, and which alone settle in the gaps that large blocks leave.
-_SMALL = ((8, 16, 24, 32, 48, 56),)
+#: Sizes of the small blocks that come with a tensor, a guess a line: which gaps they settle in is a matter of chance.
+_SMALL = ((32, 48, 64, 80), (48, 48, 48), (48, 64, 96, 80))
 #: Blocks from this size on are mapped, once a process has worked for a while.
 _THRESHOLD = 2**24
 #: Libraries' own buffers and code that is loaded when it is first used.
