@@ -134,6 +134,7 @@ class Ranks(Communicator):
     def on(self, rank: int, find: Callable[[], T]) -> T:
         found, failure = None, None
         if self.rank == rank:
+            self._start()
             try:
                 found = find()
             except RankLost:
