@@ -19,7 +19,7 @@ from hesscope.errors import HesscopeError
 from hesscope.operators import Operator
 from hesscope.results import Diagonal, DiagonalStudy
 from hesscope.results.statistics import t_quantile
-from hesscope.space.digests import sha256
+from hesscope.space.digests import Digest
 
 _LEVEL = 0.95
 #: What is kept of one cell: true and stated relative error, coverage, forward passes, seconds.
@@ -69,7 +69,7 @@ def diagonal_study(
     study = _Study(H, methods, budgets, [seed + i for i in range(seeds)], flat)
     options = {"methods": methods, "budgets": budgets, "seeds": seeds, "seed": seed, "exact_given": exact is not None}
     if flat is not None:
-        options |= {"exact": sha256(H.space.whole, {"exact": flat})[:16]}
+        options |= {"exact": str(Digest(H.space.whole, {"exact": flat}))}
     spent = drive(H, study, options, checkpoint)
     figures = study.figures.unbind(-1)
     truth = study.exact

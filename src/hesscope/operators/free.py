@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hesscope.communicator import Communicator
-from hesscope.memory import UNLIMITED, available_bytes, is_limited
+from hesscope.memory import UNLIMITED, available_bytes, free_disk_bytes, is_limited
 from hesscope.space import Space
 
 
@@ -30,7 +29,7 @@ def vectors_that_fit(
     They are kept in files of a folder, or on one device, or, where neither is given, each part on its parameter's.
     """
     if folder is not None:
-        sizes, free = {str(folder): space.own_size}, {str(folder): shutil.disk_usage(folder).free}
+        sizes, free = {str(folder): space.own_size}, {str(folder): free_disk_bytes(folder)}
     else:
         own = space.sizes(device)
         sizes, free = _by_place(comm, own), _free_in(comm, own)
