@@ -70,6 +70,20 @@ def test_a_short_run_is_not_measured() -> None:
     assert H.units == pytest.approx(3 + 2 * 6)
 
 
+def test_a_few_products_over_much_data_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the measurement costs is that of the first batch, a small part of theirs."""
+    monkeypatch.setattr(auto, "PROVEN", 48)
+    H = operator()
+    first = H.problem.counts[0] / H.problem.N
+    monkeypatch.setattr(auto, "PROVEN_THERE", 2.5 / first)
+    v = vectors_of(H, 1)
+    for _ in range(3):
+        H @ v
+    assert "the run is short" in choice(H)
+    H @ v
+    assert "seconds a product on the first batch" in choice(H)
+
+
 def test_a_small_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "WORTHWHILE", 10**9)
     H = operator()

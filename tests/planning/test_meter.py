@@ -41,10 +41,11 @@ def test_what_was_there_before_counts_as_nothing() -> None:
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn"])
 @pytest.mark.parametrize("engine", ["reverse-over-reverse", "streamed"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "tiled llama"])
 def test_a_dry_run_takes_what_the_run_takes(name: str, engine: str, operator: str) -> None:
     """The same code on shapes: tensors alive at once, and multiplications, to the last one."""
-    problem = hs.causal_lm(tiny(name, torch.float32), [ragged_batches()[0]], dtype=torch.float32)
+    model, attention = tiny(name.removeprefix("tiled "), torch.float32), "tiled" if "tiled" in name else "auto"
+    problem = hs.causal_lm(model, [ragged_batches()[0]], dtype=torch.float32, attention=attention)
     space = hs.select(problem)
 
     def make() -> object:

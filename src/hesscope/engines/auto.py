@@ -25,8 +25,10 @@ from hesscope.memory import available_together
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors, vectors
 
-#: A run of so many products is long enough for the measurement, which costs about as much as 10 on the first batch.
+#: A run of so many products is long enough for the measurement, which costs about as much as 10 on the first batch,
 PROVEN = 48
+#: and so is one of any number that have cost as much as this many on the first batch.
+PROVEN_THERE = 500
 #: Another engine takes over where it needs at most this share of the time: less would be noise, and change from run to run.
 CLEARLY_FASTER = 0.75
 #: Below so many multiplications in a pass over the first batch (parameters x terms) there is nothing to win on a CPU.
@@ -38,6 +40,7 @@ class Auto(Engine):
     """Delegates to reverse-over-reverse, or to what a measurement has put in its place."""
 
     name = "auto"
+    asked = False
     candidates: tuple[type[ForwardMode], ...] = (ForwardOverReverse, ReverseOverForward)
 
     def __init__(self) -> None:
@@ -85,7 +88,9 @@ class Auto(Engine):
 
     def due(self, problem: Problem, products: int) -> bool:
         """Whether it is time to measure, after so many products."""
-        if self._measured or products < PROVEN:
+        first = problem.counts[0]
+        costly = first > 0 and products * problem.N >= PROVEN_THERE * first
+        if self._measured or not (costly or products >= PROVEN):
             return False
         self._measured = True
         if problem.device.type == "cpu" and _multiplications(problem) < WORTHWHILE:

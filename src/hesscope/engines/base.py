@@ -64,6 +64,8 @@ class Engine(ABC):
     product_units: float
     #: What the engine has to say about itself, for the record of a result.
     note: str = ""
+    #: Whether somebody asked for it by name; one that nobody asked for may give way to another.
+    asked: bool = True
 
     def units(self, built: int, passes: int, products: int) -> float:
         """The cost of so many linearizations, passes and products."""

@@ -37,4 +37,4 @@ def make_output_engine(name: str, middle: Middle) -> Engine:
             f"Expected engine to be auto, {ThroughOutputs.name} or {Streamed.name} for an operator through the outputs, got "
             f"{name!r}."
         )
-    return ThroughOutputs(middle, f"{ThroughOutputs.name}: where nothing else is asked for" if name == "auto" else "")
+    return ThroughOutputs(middle, asked=name != "auto")

@@ -38,6 +38,7 @@ class Streamed(Engine):
 
     def __init__(self) -> None:
         self._plan: TrunkPlan | None = None
+        self._held = False
 
     def for_part(self) -> Engine:
         other = copy(self)
@@ -50,7 +51,7 @@ class Streamed(Engine):
         return self._batch(problem, b, space, self._plan)
 
     def prepare(self, problem: Problem, space: Space) -> float:
-        if self.note:
+        if self._held:
             return 0.0
         small, reference = short_slice(problem), self._reference()
         self._plan, whole, space = TrunkPlan(small, space), space, _small_part(problem, space)
@@ -67,7 +68,9 @@ class Streamed(Engine):
                     "the model carries values around its blocks; use another engine."
                 )
             units, note = units + reference.units(1, 0, len(MULTIPLES)), ", which is rounding"
-        self.note = f"{self.name}, as asked: agrees with {reference.name} to {gap:.1e} on a short sequence{note}"
+        why = "as asked" if self.asked else "for its memory"
+        self.note = f"{self.name}, {why}: agrees with {reference.name} to {gap:.1e} on a short sequence{note}"
+        self._held = True
         return small.counts[0] / problem.N * units
 
     def _reference(self) -> Engine:

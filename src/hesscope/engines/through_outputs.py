@@ -37,8 +37,9 @@ class ThroughOutputs(Engine):
     build_units = 3.0
     product_units = 4.0
 
-    def __init__(self, middle: Middle, note: str = "") -> None:
-        self.middle, self.note = middle, note
+    def __init__(self, middle: Middle, asked: bool = True) -> None:
+        self.middle, self.asked = middle, asked
+        self.note = "" if asked else f"{self.name}: where nothing else is asked for"
 
     def linearize(self, problem: Problem, b: int, space: Space) -> Linearization:
         return _OutputGraph(problem, b, space, self.middle)

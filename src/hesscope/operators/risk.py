@@ -25,7 +25,7 @@ from hesscope.operators.matrix_run import EitherWay, MatrixRun, UnitVectors
 from hesscope.operators.output_hessian import OutputHessian
 from hesscope.operators.probed_diagonal import ProbedDiagonal
 from hesscope.operators.product_error import ProductError, are_stated, measure_product_error
-from hesscope.operators.room import make_room, may_give_way
+from hesscope.operators.room import make_room
 from hesscope.operators.sampled import sample
 from hesscope.operators.sampled_diagonal import SampledDiagonal, has_sampled_diagonal
 from hesscope.problem import Problem
@@ -59,7 +59,7 @@ class CurvatureOfRisk(Operator):
             engine.note = f"{engine.chosen}: others are not measured with precision {precision!r}"
         self.problem = problem
         self.engine = engine
-        self._asked = Auto.name if may_give_way(engine) else engine.name
+        self._asked = engine.name if engine.asked else Auto.name
         self._microbatch = microbatch
         self._parts = problem if microbatch is None else microbatched(problem, microbatch)
         if microbatch is not None and isinstance(engine, (ThroughOutputs, StreamedThroughOutputs)):
@@ -333,7 +333,7 @@ class CurvatureOfRisk(Operator):
             **self._kind,
             "engine": self.engine.name,
             "engine_asked": self._asked,
-            "engine_choice": self._choice,
+            "engine_choice": self.engine.note or f"{self.engine.name}, as asked",
             "microbatch": self._microbatch,
             "precision": in_words(self.precision, self.problem.device),
             "graphs_kept": self._graphs.batches,
@@ -342,12 +342,6 @@ class CurvatureOfRisk(Operator):
             "head": self._graphs.head,
             **self._kernel(),
         }
-
-    @property
-    def _choice(self) -> str:
-        """Which engine, and why."""
-        note = self.engine.note or f"{self.engine.name}, as asked"
-        return note if self._asked != Auto.name else note.replace(", as asked", ", for its memory")
 
     def _kernel(self) -> dict[str, str]:
         """What gives the output Hessian, where that is a cross-entropy's."""

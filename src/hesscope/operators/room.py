@@ -55,11 +55,7 @@ def make_room(
     found = problem.comm.on_first(lambda: _decide(engine, streamed, problem, space, available, least_of_one))
     if not found.reason:
         return engine, found.left
-    other = streamed()
-    if isinstance(engine, Auto):
-        engine.settle(other, found.reason)
-        return engine, found.left
-    return other, found.left
+    return _giving_way(engine, streamed, found.reason), found.left
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def _decide(
         return _Decision("", None)  # nothing is known, so nothing is refused
     if needed <= available:
         return _Decision("", min(available - needed, least_of_one))
-    instead = _resident_if_it_runs(runs, streamed) if may_give_way(engine) else None
+    instead = None if engine.asked else _resident_if_it_runs(runs, streamed)
     if instead is not None and instead <= available:
         reason = f"{_gigabytes(needed)} for {name_of(engine)} do not fit into {_gigabytes(available)}"
         return _Decision(reason, min(available - instead, least_of_one))
@@ -96,9 +92,14 @@ def _decide(
 
 def _for_elsewhere(engine: Engine, streamed: Callable[[], Engine], reason: str) -> Engine:
     """The engine, or in place of one that nobody asked for the one that brings a block's weights at a time."""
-    if not may_give_way(engine) or (isinstance(engine, Auto) and engine.settled):
+    if engine.asked or isinstance(engine, Streamed) or (isinstance(engine, Auto) and engine.settled):
         return engine
+    return _giving_way(engine, streamed, reason)
+
+
+def _giving_way(engine: Engine, streamed: Callable[[], Engine], reason: str) -> Engine:
     other = streamed()
+    other.asked = False
     if isinstance(engine, Auto):
         engine.settle(other, reason)
         return engine
@@ -125,11 +126,6 @@ def name_of(engine: Engine) -> str:
     return engine.chosen if isinstance(engine, Auto) else engine.name
 
 
-def may_give_way(engine: Engine) -> bool:
-    """Whether nobody has asked for the engine by name."""
-    return isinstance(engine, Auto) or "nothing else is asked for" in engine.note
-
-
 def _resident(runs: DryRuns, make: Callable[[], Engine]) -> int:
     found: DryProduct = runs.product(make)
     return found.resident
@@ -149,7 +145,7 @@ def _advice(problem: Problem, engine: Engine, needed: int, available: int) -> st
     )
     if rows > 1:
         return f"use batches of {max(1, int(rows * available / needed))} or fewer of their {rows} sequences (--batch-size, microbatch=)"
-    other = "" if isinstance(engine, Streamed) or may_give_way(engine) else "take engine='streamed', "
+    other = "" if isinstance(engine, Streamed) or not engine.asked else "take engine='streamed', "
     return f"{other}shorten the sequences or select fewer parameters"
 
 
