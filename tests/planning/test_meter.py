@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.dryrun import Meter
+from hesscope.dryrun.meter import MAPPED
 from hesscope.engines import make_engine, make_output_engine
 from hesscope.engines.dry import DryRuns, largest_batch, run_product
 from hesscope.operators.output_hessian import OutputHessian
@@ -37,6 +38,33 @@ def test_what_was_there_before_counts_as_nothing() -> None:
         x.mul_(2.0)
         x[:10].view(2, 5)
     assert (meter.peak, meter.live) == (0, 0)
+
+
+def test_large_empty_memory_counts_as_it_is_written_to() -> None:
+    with Meter(mapped=400) as meter:
+        small, large = torch.empty(10), torch.empty(100)
+        parts = large[:25], large[25:75]
+        assert (meter.live, list(meter.trace)) == (40, [40])
+        parts[0].zero_()
+        parts[0].add_(1.0)
+        assert meter.live == 140
+        parts[1].copy_(torch.ones(1))  # 4 more, for a moment
+        assert (meter.live, meter.peak) == (340, 344)
+        large.mul_(2.0)
+        assert meter.live == 440
+        del parts, large
+        assert meter.live == 40
+        del small
+    assert list(meter.trace) == [
+        40,
+        100 + MAPPED,
+        4,
+        200 + MAPPED,
+        -3,
+        100 + MAPPED,
+        *sorted([-2, -4, -5], reverse=True),
+        -1,
+    ]
 
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn"])

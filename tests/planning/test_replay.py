@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hesscope.dryrun.allocator import _ONCE, Resident, resident
+from hesscope.dryrun.meter import MAPPED
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LARGE, SMALL = 2**27, 2**20
@@ -22,6 +23,14 @@ def test_large_blocks_come_anew_each_time() -> None:
     found = resident(trace, 2 * LARGE, CPU, again=1)
     assert found.peak - _ONCE == pytest.approx(2 * LARGE, rel=0.01)
     assert found.fresh == pytest.approx((LARGE, 2 * LARGE, 2 * LARGE), rel=0.01)
+
+
+@glibc
+def test_a_mapping_counts_as_it_is_written_to() -> None:
+    trace = array("q", [LARGE + MAPPED, LARGE, -2, LARGE + MAPPED, -1, -3, 0])
+    found = resident(trace, 2 * LARGE, CPU)
+    assert found.peak - _ONCE == pytest.approx(2 * LARGE, rel=0.01)
+    assert found.fresh == pytest.approx((3 * LARGE,), rel=0.01)
 
 
 @glibc

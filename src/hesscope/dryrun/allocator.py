@@ -18,12 +18,15 @@ from statistics import median
 
 import torch
 
-#: Sizes of the small blocks that come with a tensor, a guess a line: which gaps they settle in is a matter of chance.
-_SMALL = ((32, 48, 64, 80), (48, 48, 48), (48, 64, 96, 80))
+from hesscope.dryrun.meter import MAPPED
+
+#: Sizes of the small blocks that come with a tensor, a guess a line: which gaps they settle in is a matter of chance. It is those
+#: below 64 bytes that settle in the gaps of aligned blocks.
+_SMALL = ((16, 24, 32, 40, 48, 56), (32, 32, 48, 48, 56), (8, 16, 24, 32, 48, 56))
 #: Blocks from this size on are mapped, once a process has worked for a while.
-_THRESHOLD = 2**24
+THRESHOLD = 2**24
 #: Libraries' own buffers and code that is loaded when it is first used.
-_ONCE = 40 * 2**20
+_ONCE = 24 * 2**20
 #: Where there is nothing to replay through.
 _ELSEWHERE = 1.1
 
@@ -61,7 +64,16 @@ def _replayed(trace: array[int], again: int) -> list[list[int]]:
         file.flush()
         runs = []
         for small in _SMALL:
-            command = [sys.executable, "-I", "-S", str(script), str(_THRESHOLD), str(again), *map(str, small)]
+            command = [
+                sys.executable,
+                "-I",
+                "-S",
+                str(script),
+                str(THRESHOLD),
+                str(MAPPED),
+                str(again),
+                *map(str, small),
+            ]
             # Of the offset in a file that processes share; each reads from a description of its own.
             source = open(f"/proc/self/fd/{file.fileno()}", "rb")  # noqa: SIM115
             runs.append(

@@ -1,7 +1,8 @@
 """Replays a run's allocations through the system's own allocator: run as a script, in a process of its own.
 
 Reads 64-bit whole numbers: a positive one allocates so many bytes, -k frees the k-th allocation (from 1), 0 ends a section; what
-comes after the last 0 is left out. Nothing is written to the memory, so that none is taken. With every tensor come the small
+comes after the last 0 is left out. From the number that is its second argument on, what is above it is part of a mapping that is written
+to. Nothing is written to the memory, so that none is taken. With every tensor come the small
 things that describe it, which end up in the gaps between large blocks and keep these from being joined. Prints the most that the
 allocator held at any time before it repeats anything, heap and mappings; then the bytes that it got from the system in every section;
 then, where that is asked for, those that the last ones get when they come for the third time, in mappings alone: the heap is given
@@ -41,12 +42,17 @@ class _Allocator:
         self._c.free.argtypes = [ctypes.c_void_p]
         self._c.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
         self._blocks: dict[int, tuple[int | None, ...]] = {}
+        self._parts, self._written = dict[int, int](), 0
 
     @property
     def held(self) -> tuple[int, int]:
         """Bytes of the heap, and of mappings."""
         now = self._c.mallinfo2()
-        return int(now.arena), int(now.hblkhd)
+        return int(now.arena), int(now.hblkhd) + self._written
+
+    def write(self, number: int, size: int) -> None:
+        self._parts[number] = size
+        self._written += size
 
     def pass_through(self, size: int) -> None:
         self._c.free(self._c.malloc(size))
@@ -58,11 +64,12 @@ class _Allocator:
         self._blocks[number] = (*own, block.value)
 
     def free(self, number: int) -> None:
+        self._written -= self._parts.pop(number, 0)
         for address in self._blocks.pop(number, ()):
             self._c.free(address)
 
 
-def main(threshold: int, again: int, small: list[int]) -> None:
+def main(threshold: int, mapped: int, again: int, small: list[int]) -> None:
     """Replay what comes on the standard input, the last `again` sections three times."""
     events = array.array("q", sys.stdin.buffer.read())
     ends = [i for i, event in enumerate(events) if event == 0]
@@ -81,7 +88,10 @@ def main(threshold: int, again: int, small: list[int]) -> None:
                 held = memory.held
                 continue
             number += 1
-            memory.allocate(number, event)
+            if event < mapped:
+                memory.allocate(number, event)
+            else:
+                memory.write(number, event - mapped)
             last, held = held, memory.held
             fresh += max(0, held[1] - last[1] if repeated else sum(held) - sum(last))
             most = most if repeated else max(most, sum(held) - sum(before))
@@ -91,4 +101,4 @@ def main(threshold: int, again: int, small: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), [int(size) for size in sys.argv[3:]])
+    main(*(int(number) for number in sys.argv[1:4]), [int(size) for size in sys.argv[4:]])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hesscope.dryrun import META, Meter, Shadow, Work, resident, shadow_problem
+from hesscope.dryrun import META, THRESHOLD, Meter, Shadow, Work, resident, shadow_problem
 from hesscope.engines.base import Engine
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.memory import shapes_for
@@ -100,7 +100,9 @@ class DryRuns:
         about the allocator, and `resident` is `peak`. Without `result` the product's own vectors are not counted. With
         `peak_alone` the work is less than it is: of steps with the same memory one is run.
         """
-        engine, meter = make(), Meter(self._shadow, kinds=not peak_alone)
+        # An allocator of a GPU hands out memory that is there.
+        meter = Meter(self._shadow, kinds=not peak_alone, mapped=THRESHOLD if self.device.type == "cpu" else None)
+        engine = make()
         V = {
             c.name: torch.empty(vectors, *c.shape, dtype=self.space.dtype, device=META) for c in self.space.coordinates
         }
