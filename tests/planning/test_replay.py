@@ -48,7 +48,8 @@ def test_a_heap_that_is_given_back_is_not_in_further_products() -> None:
     trace = array("q", [*([size] * count), *range(-1, -count - 1, -1), 0])
     found = resident(trace, size * count, CPU, again=1)
     assert found.fresh[0] == pytest.approx(size * count, rel=0.01)
-    assert found.fresh[1] < 2**20
+    # A block more where one finds no gap; all of them where the heap is given back.
+    assert found.fresh[1] < 2.5 * size
 
 
 @glibc

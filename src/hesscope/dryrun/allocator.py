@@ -38,7 +38,7 @@ class Resident:
     Attributes:
         peak: the most memory that it adds to the process.
         fresh: bytes that come anew from the system in each section of the run, and in each of the last ones once the heap has
-            stopped giving back; empty where that is not known, or costs nothing.
+            stopped giving back and has grown; empty where that is not known, or costs nothing.
     """
 
     peak: int

@@ -5,13 +5,17 @@ comes after the last 0 is left out. From the number that is its second argument 
 to. Nothing is written to the memory, so that none is taken. With every tensor come the small
 things that describe it, which end up in the gaps between large blocks and keep these from being joined. Prints the most that the
 allocator held at any time before it repeats anything, heap and mappings; then the bytes that it got from the system in every section;
-then, where that is asked for, those that the last ones get when they come for the third time, in mappings alone: the heap is given
-back only as long as nothing small has settled at its end, which in a real process something soon does.
+then, where that is asked for, those that the last ones get when they come for the sixth time, from a heap that is not given back: it is
+only as long as nothing small has settled at its end, which in a real process something soon does.
 """
 
 import array
 import ctypes
 import sys
+
+#: The number by which glibc's mallopt knows how much may be free at the heap's end before that is given back; -1 is all.
+_TRIM_THRESHOLD = -1
+_TIMES = 5
 
 
 class _Info(ctypes.Structure):
@@ -54,6 +58,10 @@ class _Allocator:
         self._parts[number] = size
         self._written += size
 
+    def keep_all(self) -> None:
+        """Give nothing of the heap back from now on."""
+        self._c.mallopt(_TRIM_THRESHOLD, -1)
+
     def pass_through(self, size: int) -> None:
         self._c.free(self._c.malloc(size))
 
@@ -70,11 +78,11 @@ class _Allocator:
 
 
 def main(threshold: int, mapped: int, again: int, small: list[int]) -> None:
-    """Replay what comes on the standard input, the last `again` sections three times."""
+    """Replay what comes on the standard input, the last `again` sections five times more."""
     events = array.array("q", sys.stdin.buffer.read())
     ends = [i for i, event in enumerate(events) if event == 0]
     sections = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
-    sections += 2 * sections[len(sections) - again :]
+    sections += _TIMES * sections[len(sections) - again :]
     memory = _Allocator(small)
     # What is freed raises the size from which blocks are mapped: loading a model has done so.
     memory.pass_through(threshold)
@@ -82,6 +90,8 @@ def main(threshold: int, mapped: int, again: int, small: list[int]) -> None:
     most, got, numbers = 0, [], {0: 0}
     for time, (start, end) in enumerate(sections):
         number, fresh, repeated = numbers[start], 0, time >= len(ends)
+        if time == len(ends):
+            memory.keep_all()
         for event in events[start:end]:
             if event < 0:
                 memory.free(-event)
@@ -93,7 +103,7 @@ def main(threshold: int, mapped: int, again: int, small: list[int]) -> None:
             else:
                 memory.write(number, event - mapped)
             last, held = held, memory.held
-            fresh += max(0, held[1] - last[1] if repeated else sum(held) - sum(last))
+            fresh += max(0, sum(held) - sum(last))
             most = most if repeated else max(most, sum(held) - sum(before))
         numbers[end + 1] = number
         got.append(fresh)
