@@ -61,6 +61,11 @@ class Communicator(ABC):
     def on(self, rank: int, find: Callable[[], T]) -> T:
         """What one rank finds, on every rank; an exception there is raised on all. Tensors arrive on the CPU."""
 
+    def on_all(self, find: Callable[[], T]) -> T:
+        """What each rank finds for itself; an exception on one is raised on all."""
+        with self.summed():
+            return find()
+
     def on_first(self, find: Callable[[], T]) -> T:
         """What rank 0 finds, on every rank."""
         return self.on(0, find)
