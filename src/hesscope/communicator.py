@@ -90,6 +90,10 @@ class Communicator(ABC):
     def watched(self) -> Any:
         """A context whose exception, where it ends a rank's part in the work, becomes known to the ranks that wait for it."""
 
+    def attempted(self, work: Callable[[], T]) -> T:
+        """What `work` gives on every rank. An exception on one is raised on all, and is a `RankLost` where it left others waiting."""
+        return work()
+
     def connected(self) -> Any:
         """A context in which ranks may exchange by other means: a connection that breaks is a `RankLost`."""
         return nullcontext()
