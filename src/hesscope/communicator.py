@@ -51,10 +51,13 @@ class Communicator(ABC):
         return self.share(weights)
 
     @abstractmethod
-    def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Any:
+    def summed(
+        self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> Any:
         """A context in which a rank does its share; at its end `parts` and what it yields, an `Own`, hold all ranks' sums.
 
-        An exception in one rank's share is raised on all. `of` is what the work was done on, held to be the same everywhere.
+        An exception in one rank's share is raised on all. `of` is what the work was done on, held to be the same everywhere, and
+        `rows` what of it is divided, held to be the same wherever the same rows are.
         """
 
     @abstractmethod
@@ -110,7 +113,9 @@ class Alone(Communicator):
         return tuple(range(len(weights)))
 
     @contextmanager
-    def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Iterator[Own]:
+    def summed(
+        self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> Iterator[Own]:
         yield Own()
 
     def on(self, rank: int, find: Callable[[], T]) -> T:

@@ -111,11 +111,14 @@ class Ranks(Communicator):
         return divide(weights, size)[self.rank % size]
 
     @contextmanager
-    def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Iterator[Own]:
+    def summed(
+        self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> Iterator[Own]:
         own, tensors = Own(), [tensor for part in parts for tensor in part.values()]
         mark = (0, 0) if of is None else _digest(of, self._sequence)
         self._start()  # what was said of an exception that all had is not to be read while this rank does its share
         try:
+            self._require_same_rows(rows or {})
             yield own
         except RankLost:
             raise
@@ -128,10 +131,7 @@ class Ranks(Communicator):
         if sums is None:
             raise self._told(None)
         if sums[:2] != [self.ranks * word for word in mark]:
-            raise HesscopeError(
-                f"Expected the same vector on every rank, but rank {self.rank} has another: the ranks' devices or libraries "
-                "round differently, or a seed is not given; use machines of one kind, and give seeds."
-            )
+            raise self._another_vector()
         own.amount, own.error = sums[2:]
 
     def on(self, rank: int, find: Callable[[], T]) -> T:
@@ -282,6 +282,23 @@ class Ranks(Communicator):
             return _marked(error)
         rank, reason = next((r, reason) for r, reason in enumerate(reasons) if reason is not None)
         return _marked(HesscopeError(f"Rank {rank} stopped: {reason}"))
+
+    def _require_same_rows(self, rows: dict[str, Tensor]) -> None:
+        """Raise HesscopeError where a rank that holds the same rows has others in them."""
+        replicas = None if self._exchange is None else self._exchange.replicas
+        if replicas is None or not rows:
+            return
+        mark = _digest(rows, self._sequence)
+        sums = torch.tensor(mark, dtype=torch.float64, device=self._device)
+        self._wait(dist.all_reduce(sums, group=replicas, async_op=True))
+        if sums.tolist() != [dist.get_world_size(replicas) * word for word in mark]:
+            raise self._another_vector()
+
+    def _another_vector(self) -> HesscopeError:
+        return HesscopeError(
+            f"Expected the same vector on every rank, but rank {self.rank} has another: the ranks' devices or libraries "
+            "round differently, or a seed is not given; use machines of one kind, and give seeds."
+        )
 
     # ---- waiting
 
