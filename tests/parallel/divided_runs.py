@@ -42,7 +42,7 @@ ELSEWHERE: Runs = {
     "hutch++": (2, lambda H, kept: hs.trace(H, "hutch++", budget=24, checkpoint=kept)),
     "xtrace": (2, lambda H, kept: hs.trace(H, "xtrace", budget=40, target_error=1e-9, checkpoint=kept)),
     "xdiag": (2, lambda H, kept: hs.diagonal(H, "xdiag", 40, checkpoint=kept)),
-    "deflated": (5, lambda H, kept: hs.diagonal(H, "deflated", 16, checkpoint=kept)),
+    "deflated": (7, lambda H, kept: hs.diagonal(H, "deflated", 44, checkpoint=kept)),
     "density": (7, lambda H, kept: hs.density(H, probes=2, steps=5, checkpoint=kept)),
     "density without a basis": (7, lambda H, kept: hs.density(H, probes=2, steps=5, basis=False, checkpoint=kept)),
     "track": (9, lambda H, kept: _tracked(H, kept)),
