@@ -271,7 +271,9 @@ def test_what_one_rank_cannot_make_is_refused_on_all(two: list[dict[str, Any]]) 
     for rank, found in enumerate(two):
         assert "Kronecker factors that fit in memory" in found["alike"]["K-FAC"]
         for name, there in {"EKFAC": 1, "columns, rank 0": 0, "columns, rank 1": 1, "count": 1}.items():
-            own = "itself: " if rank == there else "Rank 1 stopped: OutOfMemoryError: " if there else "OutOfMemoryError: "
+            own = (
+                "itself: " if rank == there else "Rank 1 stopped: OutOfMemoryError: " if there else "OutOfMemoryError: "
+            )
             assert found["alike"][name] == f"{own}no memory", name
         torch.testing.assert_close(found["alike"]["after"], expected, rtol=1e-10, atol=1e-10)
 

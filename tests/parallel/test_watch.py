@@ -1,13 +1,17 @@
-"""What ranks hear of one another's exceptions."""
+"""What ranks hear of one another's exceptions, and how they wait."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hesscope.errors import RankLost
+from hesscope.parallel.ranks import Ranks
 from hesscope.parallel.watch import Watch
 
 #: Seconds of silence that make a rank lost, and as many as a rank has waited.
@@ -65,3 +69,29 @@ def test_the_first_of_two_is_what_all_hear(three: list[Watch]) -> None:
     three[1].say("No space left.", 4)
     three[0].say("Another one.", 5)
     assert [hears(watch) for watch in three] == ["Rank 1 stopped: No space left.", "", "Rank 1 stopped: No space left."]
+
+
+class Ending:
+    """A collective that ends just when the time that it was waited for is up."""
+
+    def __init__(self, well: bool) -> None:
+        self.well, self.asked = well, 0
+
+    def wait(self, _: Any) -> None:
+        self.asked += 1
+        if self.asked == 1 or not self.well:
+            raise RuntimeError("timed out" if self.asked == 1 else "connection closed")
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_ends_when_the_time_is_up_has_not_failed() -> None:
+    ranks: Any = Ranks.__new__(Ranks)
+    ranks._device = torch.device("cpu")
+    ranks._watch = SimpleNamespace(
+        begin=lambda: None, check=lambda waited: None, lost=lambda: RankLost("A rank is gone.")
+    )
+    ranks._wait(Ending(well=True))
+    with pytest.raises(RankLost, match="gone"):
+        ranks._wait(Ending(well=False))

@@ -307,7 +307,7 @@ class Ranks(Communicator):
 
     def _wait(self, work: Any) -> None:
         """To the end of a collective, or until a rank that takes part is known to be gone."""
-        began = time.monotonic()
+        began, ended = time.monotonic(), False
         self._watch.begin()
         while True:
             try:
@@ -317,9 +317,12 @@ class Ranks(Communicator):
                     work.wait(timedelta(seconds=_SLICE))
                 return
             except RuntimeError as error:
-                if work.is_completed():
+                if ended:
                     raise self._watch.lost() from error
-            self._watch.check(time.monotonic() - began)
+            # One that ends just when the time is up has not failed for that: asked again, it says how it ended.
+            ended = work.is_completed()
+            if not ended:
+                self._watch.check(time.monotonic() - began)
 
     # ---- objects
 
