@@ -51,15 +51,23 @@ class Communicator(ABC):
         return self.share(weights)
 
     @abstractmethod
-    def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Any:
+    def summed(
+        self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> Any:
         """A context in which a rank does its share; at its end `parts` and what it yields, an `Own`, hold all ranks' sums.
 
-        An exception in one rank's share is raised on all. `of` is what the work was done on, held to be the same everywhere.
+        An exception in one rank's share is raised on all. `of` is what the work was done on, held to be the same everywhere, and
+        `rows` what of it is divided, held to be the same wherever the same rows are.
         """
 
     @abstractmethod
     def on(self, rank: int, find: Callable[[], T]) -> T:
         """What one rank finds, on every rank; an exception there is raised on all. Tensors arrive on the CPU."""
+
+    def on_all(self, find: Callable[[], T]) -> T:
+        """What each rank finds for itself; an exception on one is raised on all."""
+        with self.summed():
+            return find()
 
     def on_first(self, find: Callable[[], T]) -> T:
         """What rank 0 finds, on every rank."""
@@ -85,6 +93,10 @@ class Communicator(ABC):
     def watched(self) -> Any:
         """A context whose exception, where it ends a rank's part in the work, becomes known to the ranks that wait for it."""
 
+    def attempted(self, work: Callable[[], T]) -> T:
+        """What `work` gives on every rank. An exception on one is raised on all, and is a `RankLost` where it left others waiting."""
+        return work()
+
     def connected(self) -> Any:
         """A context in which ranks may exchange by other means: a connection that breaks is a `RankLost`."""
         return nullcontext()
@@ -101,7 +113,9 @@ class Alone(Communicator):
         return tuple(range(len(weights)))
 
     @contextmanager
-    def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Iterator[Own]:
+    def summed(
+        self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> Iterator[Own]:
         yield Own()
 
     def on(self, rank: int, find: Callable[[], T]) -> T:

@@ -251,6 +251,21 @@ def test_norms_of_long_parameters_in_single_precision() -> None:
     assert float(norms.means[0, 1]) == pytest.approx(float(d.double().square().sum()), rel=1e-6)
 
 
+def test_groups_of_other_members_are_another_run(tmp_path: Path) -> None:
+    """They have the same names and sizes."""
+    problem = hs.supervised(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))).double(), [(torch.ones(3, 2).double(), torch.zeros(3, 2).double())], loss="mse")  # fmt: skip
+    kept = checkpoint.Checkpoint(tmp_path / "run", every=0.0, keep_finished=True)
+
+    def run(first: str) -> hs.Groups:
+        by = lambda name: "one" if name[0] in first else "other"  # noqa: E731
+        return hs.groups(hs.hessian(problem), by, probes=2, steps=2, max_products=2, tol=1e9, checkpoint=kept)
+
+    whole = run("01")
+    assert torch.equal(run("01").squares, whole.squares)
+    with pytest.raises(hs.HesscopeError, match=r"is of another run: groups one 12 weights of 0\.weight and 3 more \["):
+        run("02")
+
+
 # ---- what the operator says of itself
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -238,7 +237,6 @@ def test_a_block_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 def test_too_little_memory_is_said_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
-    # By its name in sys.modules: the package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules["hesscope.algorithms.structure"], "available_bytes", lambda _: 8 * 20 * 20)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 8 * 20 * 20)
     with pytest.raises(hs.HesscopeError, match="at most 20 coordinates"):
         hs.structure(block(random()))

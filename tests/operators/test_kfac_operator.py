@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,6 +195,6 @@ def test_settings_that_cannot_be() -> None:
 
 
 def test_factors_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["hesscope.operators.kfac"], "available_bytes", lambda device: 100)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda device: 100)
     with pytest.raises(hs.HesscopeError, match="fit in memory"):
         hs.kfac(network())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,17 +20,42 @@ from hesscope.operators import Operator
 from hesscope.space import vectors
 
 Share = Callable[[hs.Problem], hs.Problem]
+Runs = Mapping[str, tuple[int, Callable[[hs.Operator, Checkpoint | None], Any]]]
 
 #: Estimators of a diagonal that multiply vectors and nothing else; "auto" chooses among them.
 MULTIPLY = {"hutchinson": 4, "nystrom": 12, "gaussian": 4, "deflated": 8, "xdiag": 8, "auto": 16}
 #: How many of them the quick tests take.
 FEW = 2
 #: Runs that stop in the product of that number.
-STOPPED: dict[str, tuple[int, Callable[[hs.Operator, Checkpoint | None], Any]]] = {
+STOPPED: Runs = {
     "hutchinson": (4, lambda H, kept: hs.diagonal(H, "hutchinson", 8, target_error=1e-9, checkpoint=kept)),
     "nystrom": (2, lambda H, kept: hs.diagonal(H, "nystrom", 14, checkpoint=kept)),
     "groups": (7, lambda H, kept: _groups(H, kept)),
 }
+#: Runs of the other algorithms, that stop on one layout and go on with another.
+ELSEWHERE: Runs = {
+    "eigs with restarts": (14, lambda H, kept: hs.eigs(H, k=2, tol=1e-4, max_basis=6, max_products=60, checkpoint=kept)),
+    "power": (9, lambda H, kept: hs.eigs(H, k=2, tol=1e-2, method="power", max_products=24, checkpoint=kept)),
+    "power on some batches": (
+        9, lambda H, kept: hs.eigs(H, k=1, tol=1e-2, method="power", batches=2, max_products=20, checkpoint=kept),
+    ),
+    "hutch++": (2, lambda H, kept: hs.trace(H, "hutch++", budget=24, checkpoint=kept)),
+    "xtrace": (2, lambda H, kept: hs.trace(H, "xtrace", budget=40, target_error=1e-9, checkpoint=kept)),
+    "xdiag": (2, lambda H, kept: hs.diagonal(H, "xdiag", 40, checkpoint=kept)),
+    "deflated": (7, lambda H, kept: hs.diagonal(H, "deflated", 44, checkpoint=kept)),
+    "density": (7, lambda H, kept: hs.density(H, probes=2, steps=5, checkpoint=kept)),
+    "density without a basis": (7, lambda H, kept: hs.density(H, probes=2, steps=5, basis=False, checkpoint=kept)),
+    "track": (9, lambda H, kept: _tracked(H, kept)),
+}  # fmt: skip
+#: {from where: to where} is every one of these but itself.
+LAYOUTS = ("one", "data", "fsdp")
+
+
+def _tracked(H: hs.Operator, kept: Checkpoint | None) -> Any:
+    """A search that ends, and one from its vectors that stops."""
+    chain = {"before": H, "after": hs.ggn(H.problem, H.space, engine="streamed")}  # type: ignore[attr-defined]
+    where: dict[str, Any] = {} if kept is None else {"folder": kept.folder, "every": kept.every}
+    return hs.track_eigs(chain, k=1, tol=1e-9, max_products=6, **where)
 
 
 def _groups(H: hs.Operator, kept: Checkpoint | None = None) -> Any:
@@ -79,9 +105,9 @@ def _counted() -> Iterator[dict[str, int]]:
         Exchange.gather_rows, Operator.matmat = gather, matmat  # type: ignore[method-assign]
 
 
-def stopped(share: Share, folder: Path) -> None:
+def stopped(share: Share, folder: Path, runs: Runs = STOPPED) -> None:
     """Runs that the last rank interrupts."""
-    for name, (product, run) in STOPPED.items():
+    for name, (product, run) in runs.items():
         H = _operator(share)
         with _interrupted(product):
             try:
@@ -91,13 +117,15 @@ def stopped(share: Share, folder: Path) -> None:
         raise AssertionError(f"{name} was not interrupted")
 
 
-def continued(share: Share, folder: Path | None) -> dict[str, dict[str, Tensor]]:
-    """What they give, from where they stopped, or as a whole without a folder."""
+def continued(share: Share, folder: Path | None, runs: Runs = STOPPED) -> dict[str, dict[str, Tensor]]:
+    """What they give, from where they stopped, or as a whole without a folder; vectors up to their signs."""
     found = {}
-    for name, (_, run) in STOPPED.items():
+    for name, (_, run) in runs.items():
         result = run(_operator(share), None if folder is None else Checkpoint(folder / name, every=1e9))
-        assert result.provenance["resumed"] == (folder is not None)
-        found[name] = {key: x for key, x in result.tensors().items() if x.is_floating_point()}
+        parts = result.provenance.get("checkpoints", {"": result.provenance}).values()
+        assert sum(part["resumed"] for part in parts) == (folder is not None), name
+        found[name] = {key: x.abs() for key, x in result.tensors().items() if x.is_floating_point()}
+        found[name]["products"] = torch.tensor(float(result.products))
     return found
 
 

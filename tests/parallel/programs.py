@@ -11,13 +11,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from divided_runs import FEW, MULTIPLY, continued, held_and_gathered, stopped
+from divided_runs import ELSEWHERE, FEW, LAYOUTS, MULTIPLY, continued, held_and_gathered, stopped
 from shared_cases import (
     ARCHITECTURES,
     DIVIDED,
@@ -34,6 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 import hesscope as hs
 from architectures import ragged_batches, tiny
@@ -41,6 +43,7 @@ from hesscope import exchange
 from hesscope.algorithms import driver
 from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.krylov import Krylov
+from hesscope.algorithms.traces import Hutchinson
 from hesscope.cli.main import run
 from hesscope.engines import make_engine
 from hesscope.engines.dry import DryRuns
@@ -49,10 +52,12 @@ from hesscope.engines.streaming import Streamed
 from hesscope.errors import RankLost
 from hesscope.models import is_sharded, load_model, load_skeleton
 from hesscope.models.offload import Offloaded
-from hesscope.operators import free, room
+from hesscope.operators import free, kronecker_factors, room
+from hesscope.operators.batch_columns import BatchColumns
 from hesscope.operators.composed import RankOne
 from hesscope.operators.congruence import DiagonalCongruence
 from hesscope.parallel.ranks import Ranks
+from hesscope.parallel.watch import Watch
 from hesscope.space import vectors
 from hesscope.tensor_file import Outgoing
 from oracles import relative
@@ -144,6 +149,21 @@ def divided_runs(folder: Path) -> dict[str, Any]:
         "most": held_and_gathered(fully_sharded, list(MULTIPLY)[:FEW]),
         "from one": continued(fully_sharded, folder / "by-one"),
     }
+
+
+def gone_on_elsewhere(folder: Path) -> dict[str, Any]:
+    """Runs that stop on one layout and go on with another; those of one process stand in folder `one`, and what is for one stays."""
+    shares = {"data": hs.data_parallel, "fsdp": fully_sharded}
+    missing, Watch.missing = Watch.missing, lambda self: None  # type: ignore[method-assign]  # nobody is: seconds for every run
+    for name, share in shares.items():
+        stopped(share, folder / name, ELSEWHERE)
+    Watch.missing = missing  # type: ignore[method-assign]
+    pairs = [(name, to) for name in LAYOUTS for to in shares if to != name]
+    if dist.get_rank() == 0:
+        for name, to in pairs:
+            shutil.copytree(folder / name, folder / f"{name} to {to}")
+    dist.barrier()
+    return {f"{name} to {to}": continued(shares[to], folder / f"{name} to {to}", ELSEWHERE) for name, to in pairs}
 
 
 def diagonals_divided(folder: Path) -> dict[str, Any]:
@@ -258,6 +278,20 @@ def hybrid(folder: Path) -> dict[str, dict[str, Tensor]]:
 def hybrid_groups(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The same, the replicas dividing the vectors of a product."""
     return dict(few_cases(lambda problem: _divided(problem, twice, probe_groups=2)))
+
+
+def otherwise_placed(folder: Path) -> dict[str, Any]:
+    """A vector of DTensors that are divided along the mesh's other dimension; one that differs between replicas, and one after it."""
+    problem = _divided(_problem(), twice)
+    H = hs.hessian(problem, hs.select(problem, "transformer.h.1.mlp.c_fc.weight"))
+    (name,) = H.space.names
+    p: Any = dict(problem.model.named_parameters())[name]
+    given = p.detach().redistribute(placements=[Shard(0), Replicate()])
+    product: Any = (H @ {name: given})[name]
+    found = {"product": product.full_tensor(), "placed": product.placements == given.placements}
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    found["differs"] = _complaint(lambda: H @ (v + 1e-12 * (dist.get_rank() == 3)))
+    return found | {"after": H @ v}
 
 
 def layouts(folder: Path) -> dict[str, Any]:
@@ -754,7 +788,7 @@ class _at_step:
 
 # ---- out of step: last of all
 
-LAST = ("gone", "never_came", "killed_in_arranging", "killed_in_gathering")
+LAST = ("gone", "never_came", "killed_in_arranging", "killed_in_gathering", "no_room_to_collect")
 
 
 def gone(folder: Path) -> dict[str, Any]:
@@ -794,6 +828,14 @@ def killed_in_gathering(folder: Path) -> dict[str, Any]:
     if dist.get_rank() == 1:
         DTensor.full_tensor = _die  # type: ignore[method-assign]
     return _timed(lambda: H @ given)
+
+
+def no_room_to_collect(folder: Path) -> dict[str, Any]:
+    """Rank 0 has no memory for the rows of the others, which a checkpoint would have."""
+    problem = _divided(_problem(), hs.fully_shard_model, timeout=TIMEOUT)
+    H, kept = hs.hessian(problem, hs.select(problem, "*ln_f*")), Checkpoint(folder / "no-room.partial", every=0.0)
+    with _failing(exchange.Exchange, "_collected", dist.get_rank() == 0):
+        return _timed(lambda: hs.lanczos(H, 6, checkpoint=kept))
 
 
 def _die(*_: object, **__: object) -> None:
@@ -838,18 +880,88 @@ def outlived(folder: Path) -> dict[str, Any]:
         found["slow"] = hs.hessian(problem, space) @ v
     finally:
         ReverseOverReverse.linearize = real  # type: ignore[method-assign]
+    for late in range(2):
+        found[f"rank {late} late"] = _after_an_exception(
+            problem, dist.get_rank() == late, lambda: hs.hessian(problem, space) @ v
+        )
+    found["caught"] = _complaint(lambda: _caught(problem, first))
     return found
 
 
+def _after_an_exception(problem: hs.Problem, late: bool, work: Callable[[], Any]) -> Any:
+    """What all ranks do after an exception that all have had, of which one was the first to say so and is now the last to go on."""
+    with suppress(OSError), problem.comm.watched():
+        time.sleep(0 if late else 0.5)
+        raise OSError("no file")
+    time.sleep(2.5 if late else 0)
+    try:
+        return work()
+    except RankLost as error:
+        return str(error)
+
+
+def _caught(problem: hs.Problem, waits: bool) -> None:
+    """One rank has had an exception alone, which its script has caught, and is at work again while the other waits."""
+    if waits:
+        time.sleep(0.5)
+        problem.comm.any(False)
+        return
+    with suppress(OSError), problem.comm.watched():
+        raise OSError("no file")
+    with problem.comm.watched():
+        time.sleep(2.5)
+        problem.comm.any(False)
+
+
+def alike(folder: Path) -> dict[str, Any]:
+    """One rank cannot make what all have to: all say so, and what comes after is right."""
+    problem = hs.data_parallel(_problem(), timeout=TIMEOUT)
+    layer = hs.select(problem, "transformer.h.1.mlp.c_fc.weight")
+    H, last = hs.hessian(problem, layer), dist.get_rank() == 1
+    found: dict[str, Any] = {}
+    with _seeing(1000 if last else 2**40):
+        found["K-FAC"] = _complaint(lambda: hs.kfac(problem, layer))
+    with _failing(kronecker_factors, "_eigenvectors", last):
+        found["EKFAC"] = _complaint(lambda: hs.kfac(problem, layer, corrected=True).to_dense())
+    for rank in range(2):
+        with _failing(BatchColumns, "_make_graph", dist.get_rank() == rank):
+            found[f"columns, rank {rank}"] = _complaint(lambda: hs.block(H))
+    with _failing(FlopCounterMode, "get_total_flops", last):
+        found["count"] = _complaint(lambda: hs.block(H))
+    found["after"] = hs.block(hs.hessian(problem, hs.select(problem, "*ln_f*"))).matrix
+    return found
+
+
+def called_back(folder: Path) -> dict[str, Any]:
+    """A callback's measurements: one fails on one rank, one on all, one on none, and one on one rank while the other waits for it."""
+    first, group = dist.get_rank() == 0, dist.new_group()  # which the last leaves in disorder
+    model, state = tiny("gpt2"), SimpleNamespace(global_step=0, epoch=0.5, log_history=[])
+    own = hs.CurvatureCallback(
+        lambda model: hs.data_parallel(_problem(model), group, timeout=TIMEOUT),
+        every=1, params="*ln_f*", max_products=4, trace_probes=2,
+    )  # fmt: skip
+    own.on_train_begin(None, state, None, model=model)
+    found: dict[str, Any] = {}
+    for name, here in {"one": not first, "all": True, "none": False}.items():
+        state.global_step += 1
+        with warnings.catch_warnings(record=True) as caught, _failing(Hutchinson, "estimate", here, hs.HesscopeError):
+            warnings.simplefilter("always")
+            own.on_step_end(None, state, None, model=model)
+        found[name] = [str(w.message) for w in caught if w.category is hs.HesscopeWarning]
+    with _failing(Krylov, "step", not first):
+        found["waits"] = _timed(lambda: own.on_step_end(None, state, None, model=model))
+    return found | {"logged": [logged["step"] for logged in state.log_history]}
+
+
 @contextmanager
-def _failing(owner: Any, name: str, here: bool) -> Iterator[None]:
-    """Inside, a method finds no memory, here."""
+def _failing(owner: Any, name: str, here: bool, kind: type[Exception] = torch.OutOfMemoryError) -> Iterator[None]:
+    """Inside, a method or function finds no memory, here."""
     real = getattr(owner, name)
 
-    def fail(self: Any, *arguments: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         if here:
-            raise torch.OutOfMemoryError("no memory")
-        return real(self, *arguments)
+            raise kind("no memory")
+        return real(*arguments)
 
     setattr(owner, name, fail)
     try:

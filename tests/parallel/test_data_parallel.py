@@ -36,6 +36,8 @@ PROGRAMS = (
     "moved",
     "other_options",
     "outlived",
+    "alike",
+    "called_back",
     "gone",
 )
 
@@ -258,8 +260,36 @@ def test_exceptions_that_ranks_outlive(two: list[dict[str, Any]]) -> None:
         found = rank["outlived"]
         assert "no memory" in found["prepare"]
         assert "no memory" in found["all"]
-        for name in ("after", "slow"):
+        for name in ("after", "slow", "rank 0 late", "rank 1 late"):
             assert relative(found[name], expected) < 1e-10
+        assert found["caught"] == "nothing"
+
+
+def test_what_one_rank_cannot_make_is_refused_on_all(two: list[dict[str, Any]]) -> None:
+    problem = hs.causal_lm(tiny("gpt2"), ragged_batches())
+    expected = hs.block(hs.hessian(problem, hs.select(problem, "*ln_f*"))).matrix
+    for rank, found in enumerate(two):
+        assert "Kronecker factors that fit in memory" in found["alike"]["K-FAC"]
+        for name, there in {"EKFAC": 1, "columns, rank 0": 0, "columns, rank 1": 1, "count": 1}.items():
+            own = (
+                "itself: " if rank == there else "Rank 1 stopped: OutOfMemoryError: " if there else "OutOfMemoryError: "
+            )
+            assert found["alike"][name] == f"{own}no memory", name
+        torch.testing.assert_close(found["alike"]["after"], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_measurement_of_a_callback_fails_on_all_ranks_and_ends_training_where_one_left_others_waiting(
+    two: list[dict[str, Any]],
+) -> None:
+    first, other = (rank["called_back"] for rank in two)
+    assert first["one"] == ["No curvature at step 1: Rank 1 stopped: no memory"]
+    assert other["one"] == ["No curvature at step 1: no memory"]
+    for found in (first, other):
+        assert found["all"] == ["No curvature at step 2: no memory"]
+        assert (found["none"], found["logged"]) == ([], [3])
+        assert found["waits"]["seconds"] < 2 * TIMEOUT
+    assert first["waits"]["said"] == "Rank 1 stopped: OutOfMemoryError: no memory"
+    assert other["waits"]["said"] == "OutOfMemoryError: no memory"
 
 
 def test_a_rank_that_leaves_is_named_in_time(two: list[dict[str, Any]]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from divided_runs import FEW, MULTIPLY, STOPPED, continued, stopped
+from divided_runs import ELSEWHERE, FEW, LAYOUTS, MULTIPLY, STOPPED, continued, stopped
 from launching import run_ranks
 from programs import (
     DENSITY,
     STREAMED,
+    TIMEOUT,
     _run,
     all_divided,
     described,
@@ -48,6 +49,7 @@ PROGRAMS = (
     "divided_runs",
     "given_out",
     "in_pieces",
+    "no_room_to_collect",
 )
 #: Where the streamed engine, which divided weights choose, leads to another way or to other costs than double backward.
 OTHER_WAYS = ("block, positions: products", "diagonal, auto", ": units")
@@ -347,6 +349,13 @@ def test_a_full_disk_of_rank_0_leaves_the_ranks_in_step(two: list[dict[str, Any]
     assert other == []
 
 
+def test_a_rank_without_memory_for_the_rows_of_others_is_named_in_time(two: list[dict[str, Any]]) -> None:
+    found = [rank["no_room_to_collect"] for rank in two]
+    cause = "OutOfMemoryError: no memory"
+    assert [rank["said"] for rank in found] == [cause, f"Rank 0 stopped: {cause}"]
+    assert max(rank["seconds"] for rank in found) < 2 * TIMEOUT
+
+
 def test_a_damaged_checkpoint_of_divided_vectors_is_refused(tmp_path: Path, alone: None) -> None:
     H = hs.hessian(fully_sharded(hs.causal_lm(tiny("gpt2"), ragged_batches())))
     kept = Checkpoint(tmp_path / "kept", every=0.0, keep_finished=True)
@@ -373,6 +382,19 @@ def test_a_run_with_weights_divided_goes_on_with_another_number_of_ranks(tmp_pat
         assert (found.provenance["resumed"], found.products) == (1, whole.products)
         for key, tensor in whole.tensors().items():
             torch.testing.assert_close(found.tensors()[key], tensor, rtol=1e-8, atol=1e-9 * float(tensor.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::hesscope.errors.HesscopeWarning")  # short runs miss their tolerance
+def test_every_algorithm_goes_on_where_another_layout_has_stopped(tmp_path: Path) -> None:
+    stopped(lambda problem: problem, tmp_path / "one", ELSEWHERE)
+    expected = continued(lambda problem: problem, None, ELSEWHERE)
+    for found in run_ranks(2, tmp_path, "gone_on_elsewhere"):
+        for pair, own in found["gone_on_elsewhere"].items():
+            assert differences(own, expected) == [], pair
+    for name in LAYOUTS[1:]:
+        found = continued(lambda problem: problem, tmp_path / name, ELSEWHERE)
+        assert differences(found, expected) == [], name
 
 
 def test_a_layout_needs_ranks(capfd: pytest.CaptureFixture[str]) -> None:
@@ -402,7 +424,16 @@ def test_uneven_rows_on_three_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twice_among_two_ranks_and_the_replicas_as_groups(tmp_path: Path) -> None:
     one = dict(few_cases(lambda problem: problem))
-    for found in run_ranks(4, tmp_path, "hybrid", "hybrid_groups", "layouts"):
+    model, name = tiny("gpt2"), "transformer.h.1.mlp.c_fc.weight"
+    H = hs.hessian(hs.causal_lm(model, ragged_batches()), hs.select(model, name))
+    product, of_ones = H @ dict(model.named_parameters())[name].detach().flatten(), H @ torch.ones(H.shape[0]).double()
+    for rank, found in enumerate(run_ranks(4, tmp_path, "hybrid", "hybrid_groups", "layouts", "otherwise_placed")):
+        placed = found["otherwise_placed"]
+        assert relative(placed["product"].flatten(), product) < 1e-10
+        assert placed["placed"]
+        own = f"Expected the same vector on every rank, but rank {rank} has another"  # of ranks 1 and 3
+        assert placed["differs"].startswith(own if rank % 2 else "Rank 1 stopped: Expected the same vector")
+        assert relative(placed["after"], of_ones) < 1e-10
         assert differences(found["hybrid"], one) == []
         assert differences(found["hybrid_groups"], one) == []
         assert found["layouts"] == {

@@ -150,8 +150,10 @@ def test_what_cannot_be_kept(keep: Any) -> None:
 def test_more_than_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from hesscope.studies import convergence as function
 
-    module = __import__(function.__module__, fromlist=["available_bytes"])
-    monkeypatch.setattr(module, "available_bytes", lambda _: 9 * 24 + 72)
+    def short_of(comm: Any, needed: dict[Any, float]) -> tuple[str, float, int] | None:
+        return next((("cpu", size, 9 * 24 + 72) for size in needed.values() if size > 9 * 24 + 72), None)
+
+    monkeypatch.setattr(__import__(function.__module__, fromlist=["short_of"]), "short_of", short_of)
     hs.convergence(regression(5)[0], keep=[5])
     with pytest.raises(hs.HesscopeError, match="keep fewer or select fewer coordinates"):
         hs.convergence(regression(5)[0], keep="all")

@@ -12,7 +12,6 @@ from torch import nn
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope.operators.risk import CurvatureOfRisk
-from hesscope.studies import perplexity as module_of_study  # the module: the package exports only functions
 from hesscope.studies.perplexity import compare
 from oracles import causal_lm, relative
 from spectra import generic
@@ -102,6 +101,6 @@ def test_a_loss_without_curvature_and_one_coordinate() -> None:
 
 def test_a_graph_that_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = hs.supervised(nn.Linear(2, 3), [(torch.randn(4, 2), torch.tensor([0, 1, 2, 1]))])
-    monkeypatch.setattr(module_of_study, "available_bytes", lambda _: 10)
+    monkeypatch.setattr("hesscope.operators.free.available_bytes", lambda _: 10)
     with pytest.raises(hs.HesscopeError, match="Expected one graph over all the data to fit in memory"):
         hs.perplexity_study(problem)

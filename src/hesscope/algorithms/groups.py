@@ -15,6 +15,7 @@ from hesscope.algorithms.cross_norms import CrossNorms
 from hesscope.algorithms.driver import Iteration, drive
 from hesscope.algorithms.group_spectra import GroupSpectra, Tally
 from hesscope.algorithms.grouping import grouped
+from hesscope.algorithms.identity import selected
 from hesscope.errors import HesscopeError, HesscopeWarning
 from hesscope.operators import Operator
 from hesscope.results import Groups
@@ -72,7 +73,7 @@ def groups(
     home = Home.of(basis_device, basis_folder)
     run = _Run(Tally(H), list(parts.values()), probes, steps, max_products, tol, seed, home)
     said = by if isinstance(by, str) else "a function of names"
-    options: dict[str, Any] = {"by": said, "groups": {name: part.size for name, part in parts.items()}}
+    options: dict[str, Any] = {"by": said, "groups": {name: selected(part) for name, part in parts.items()}}
     options |= {"probes": probes, "steps": steps, "max_products": max_products, "tol": tol, "seed": seed}
     spent = drive(run.whole, run, options, checkpoint)
     norms, spectra = run.norms, run.spectra

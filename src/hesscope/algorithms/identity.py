@@ -9,6 +9,7 @@ from typing import Any
 
 from hesscope.operators import Operator
 from hesscope.results.base import jsonable
+from hesscope.space import Space
 
 #: What an operator's description says of how a run went, or derives from the problem, and not what the operator is.
 _VOLATILE = frozenset(
@@ -47,7 +48,7 @@ def identity(H: Operator, algorithm: str, options: dict[str, Any], versions: dic
     """
     origin = H.origin()
     found = {"algorithm": algorithm} | in_words(options)
-    found |= {"operator": _words(H.describe()), "selection": _selection(H)}
+    found |= {"operator": _words(H.describe()), "selection": selected(H.space)}
     found |= {"dtype": str(H.dtype).removeprefix("torch."), "device": H.space.device.type}
     found |= _problem(origin) if origin else _sample(H)
     return found | {f"version of {name}": versions[name] for name in _PACKAGES if name in versions}
@@ -109,11 +110,12 @@ def _digested(selection: Any) -> str:
     return f"{(selection or {}).get('size')} weights [{digest[:12]}]"
 
 
-def _selection(H: Operator) -> str:
-    coordinates = H.space.coordinates
+def selected(space: Space) -> str:
+    """What is selected, short: which parameters' coordinates, in which order."""
+    coordinates = space.coordinates
     digest = hashlib.sha256(repr([(*c.key(), str(c.dtype)) for c in coordinates]).encode()).hexdigest()
     others = f" and {len(coordinates) - 1} more" if len(coordinates) > 1 else ""
-    return f"{H.space.size} weights of {coordinates[0].name}{others} [{digest[:12]}]"
+    return f"{space.size} weights of {coordinates[0].name}{others} [{digest[:12]}]"
 
 
 def _sample(H: Operator) -> dict[str, str]:

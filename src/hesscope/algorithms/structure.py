@@ -13,10 +13,11 @@ from hesscope.algorithms.block import block
 from hesscope.algorithms.driver import versions
 from hesscope.algorithms.energy import energies
 from hesscope.algorithms.membership import membership
+from hesscope.communicator import ALONE, Communicator
 from hesscope.errors import HesscopeError
 from hesscope.figures.subject import unit
-from hesscope.memory import available_bytes
 from hesscope.operators import Operator
+from hesscope.operators.free import short_of
 from hesscope.results import Block, Structure, StructureComparison
 
 
@@ -55,13 +56,14 @@ def structure(
             f"Expected an operator, a block, or a dictionary of them by name, got {type(H).__name__}; hs.operator(matrix) "
             "makes an operator of a matrix."
         )
-    return _of_block(block(H) if isinstance(H, Operator) else H)
+    return of_block(H) if isinstance(H, Block) else of_block(block(H), H.comm)
 
 
-def _of_block(exact: Block) -> Structure:
+def of_block(exact: Block, comm: Communicator = ALONE) -> Structure:
+    """The same of a block that all ranks of some have, each of which makes its own copy."""
     began = time.perf_counter()
     A, n = exact.matrix, len(exact.labels)
-    _require_memory(n)
+    _require_memory(n, comm)
     members = membership(exact.labels, exact.provenance.get("selection"))
     inner, layer_energy = energies(A, members)
     same_block = members.block_of_layer[:, None] == members.block_of_layer
@@ -69,7 +71,7 @@ def _of_block(exact: Block) -> Structure:
     outer = torch.stack([off[same_block].sum(), off[~same_block].sum()])
     if not bool(torch.isfinite(outer.sum() + inner.sum())):
         raise HesscopeError("Expected a block of finite entries; it holds infinities or NaN, so compute it again.")
-    eigenvalues = _eigenvalues(A)
+    eigenvalues = comm.on_all(lambda: _eigenvalues(A))
     return Structure(
         products=exact.products,
         units=exact.units,
@@ -105,11 +107,11 @@ def _rounding(exact: Block) -> float:
     return max(eps, torch.finfo(dtype).eps) if isinstance(dtype, torch.dtype) else eps
 
 
-def _require_memory(n: int) -> None:
-    free = available_bytes(torch.device("cpu"))
-    if 8 * n * n > free:
+def _require_memory(n: int, comm: Communicator) -> None:
+    if (short := short_of(comm, {torch.device("cpu"): 8 * n * n})) is not None:
+        _, needed, free = short
         raise HesscopeError(
-            f"Expected memory for a float64 copy of the {n} x {n} matrix, {8 * n * n / 2**30:.1f} GiB, of which "
+            f"Expected memory for a float64 copy of the {n} x {n} matrix, {needed / 2**30:.1f} GiB, of which "
             f"{free / 2**30:.1f} are free; select at most {int((free / 8) ** 0.5)} coordinates."
         )
 

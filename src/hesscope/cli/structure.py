@@ -53,7 +53,8 @@ def _under(problem: Problem, common: CommonOptions) -> Problem:
 
 
 def _run(case: Case, H: Operator, folder: Path, keep_block: bool) -> Structure:
-    from hesscope.algorithms import block, structure
+    from hesscope.algorithms import block
+    from hesscope.algorithms.structure import of_block
 
     overwrite = case.common.overwrite
     if not overwrite and (earlier := _finished(folder, H)) is not None:
@@ -65,7 +66,7 @@ def _run(case: Case, H: Operator, folder: Path, keep_block: bool) -> Structure:
     if keep_block:
         # Written first: it is what took the time.
         write_run(exact, folder / "block", options, overwrite=True, also_pt=case.common.also_pt)
-    result = structure(exact)
+    result = of_block(exact, H.comm)
     write_run(result, folder, options, overwrite=overwrite)
     comm().on_first(kept.discard)
     return result

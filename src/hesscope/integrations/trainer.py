@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from hesscope.algorithms.basis import Home
 from hesscope.algorithms.eigs import Search, basis_capacity
 from hesscope.algorithms.traces import Hutchinson
-from hesscope.errors import HesscopeError, HesscopeWarning
+from hesscope.errors import HesscopeError, HesscopeWarning, RankLost
 from hesscope.integrations.adam import left_out, preconditioned, require_adam
 from hesscope.integrations.quiet import undisturbed
 from hesscope.operators import PROBLEM_OPERATORS, Operator
@@ -50,7 +50,8 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         HesscopeError: a number out of range; when training begins: data or a model that make no problem, or an optimizer
             that is not Adam's kind. A measurement that fails later, or for which memory does not suffice, is a
-            warning, and training goes on.
+            warning, on all ranks of several, and training goes on; it ends, on all of them, where the failure of one has
+            left others waiting.
     """
 
     def __init__(
@@ -93,24 +94,25 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         model = of_trainer["model"]
         with undisturbed(model):
             problem = self._problem(model)
-            space = select(problem, *self._params)
-            self._H, self._model = PROBLEM_OPERATORS[self._operator](problem, space), model
-        if self._preconditioned:
-            require_adam(of_trainer["optimizer"], model, space)
-        self._vectors, self._told_of_memory = {}, False
+            self._H = problem.comm.attempted(lambda: self._made(problem, model, of_trainer.get("optimizer")))
+        self._model, self._vectors, self._told_of_memory = model, {}, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         """Measure and log, where it is time."""
         if state.global_step % self.every or self._H is None or self._model is None:
             return
+        H, model, optimizer = self._H, self._model, of_trainer.get("optimizer")
         try:
-            with undisturbed(self._model):
-                found = self._measure(self._H, self._model, of_trainer.get("optimizer"))
+            with undisturbed(model):
+                found = H.comm.attempted(lambda: self._measure(H, model, optimizer))
+        except RankLost:
+            raise
         except (HesscopeError, torch.OutOfMemoryError) as error:
+            self._vectors = {}  # a rank that came further than others has found new ones
             self._warn(state.global_step, error)
             return
         finally:
-            release(self._H)
+            release(H)
         if self._log is not None:
             # The trainer takes a call of `log` for the one that it has due at this step.
             due = control.should_log
@@ -144,6 +146,12 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
                 raise HesscopeError(f"Expected the function to give a problem, got {type(problem).__name__}.")
             return problem
         return causal_lm(model, self._data, **self._options)
+
+    def _made(self, problem: Problem, model: nn.Module, optimizer: Any) -> Operator:
+        space = select(problem, *self._params)
+        if self._preconditioned:
+            require_adam(optimizer, model, space)
+        return PROBLEM_OPERATORS[self._operator](problem, space)
 
     def _measure(self, H: Operator, model: nn.Module, optimizer: Any) -> dict[str, float]:
         products = H.products

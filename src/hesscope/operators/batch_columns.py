@@ -23,10 +23,9 @@ from hesscope.engines.block_graph import BlockGraph
 from hesscope.engines.output_block_graph import OutputBlockGraph
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss, output_weight
-from hesscope.memory import least_available
 from hesscope.models import named_parameters
 from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_every_use
-from hesscope.operators.graphs import merged, warn_of_unused
+from hesscope.operators.graphs import half_of_free, merged, warn_of_unused
 from hesscope.operators.matrix_run import MatrixRun, add_rows
 from hesscope.operators.task_lists import Span, divided, nth, without_first
 from hesscope.problem import Problem
@@ -55,14 +54,11 @@ class BatchColumns(MatrixRun):
         self.graph_bytes, self.planned_bytes = 0, 0
         self._uses, self._route = watch_every_use(problem, space), route
         self._boxes = boxes_of(problem, space, self._uses)
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            problem.total(0)
-        self._forward_flops = forward.get_total_flops()
+        self._forward_flops = problem.comm.on_first(self._count_flops)
         self._share = [count / problem.N for count in problem.counts]
-        self._plan([self._copies] * len(problem.batches))
-        if problem.comm.ranks > 1:  # rank 0's memory decides
-            copies = problem.comm.on_first(lambda: [plan.copies for plan in self._plans])
-            self._plan([partial(min, most) for most in copies])
+        self._free = half_of_free(problem)
+        copies = problem.comm.on_first(lambda: [plan.copies for plan in self._planned(lambda b: self._copies)])
+        self._plan(copies)
         self._divide([(0, self._ends[-1])], 0)
         self._by_name = {c.name: c for c in space.coordinates}
         self._built: tuple[int, BlockGraph] | None = None
@@ -74,12 +70,22 @@ class BatchColumns(MatrixRun):
         self.units, self._spent = 0.0, 0.0
         self.pass_units: dict[str, float] = {}
 
-    def _plan(self, most_copies: Sequence[Callable[[int], int]]) -> None:
-        """Plan every batch, with so many copies of it at once."""
-        self._plans = [
-            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most)
-            for b, most in enumerate(most_copies)
+    def _count_flops(self) -> int:
+        """Of a forward pass over the first batch."""
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            self._problem.total(0)
+        return int(forward.get_total_flops())
+
+    def _planned(self, most_copies: Callable[[int], Callable[[int], int]]) -> list[BatchPlan]:
+        """A plan of every batch b, with `most_copies(b)(wanted)` of it at once."""
+        return [
+            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most_copies(b))
+            for b in range(len(self._problem.batches))
         ]
+
+    def _plan(self, copies: Sequence[int]) -> None:
+        """Plan every batch, with at most so many copies of it at once."""
+        self._plans = self._planned(lambda b: partial(min, copies[b]))
         self._ends = list(accumulate(plan.tasks for plan in self._plans))
         self.graphs = len(self._plans)
         self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
@@ -140,7 +146,7 @@ class BatchColumns(MatrixRun):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._plan([partial(min, copies) for copies in state["copies"]])
+        self._plan(state["copies"])
         self._divide([(start, stop) for start, stop in state["left"]], state["rounds"])
         self._unused = {b: set(names) for b, names in state["unused"]}
         start, stop = self._whole()
@@ -294,12 +300,12 @@ class BatchColumns(MatrixRun):
         return any(named[name] is weight for name in self._space.names)
 
     def _copies(self, wanted: int) -> int:
-        """At most half of the free memory for the graph; one copy's size is measured, on the first batch."""
+        """At most half of what a rank may take for the graph; one copy's size is measured, on the first batch."""
         if wanted <= 1:
             return 1
         if not self.graph_bytes:
             self.graph_bytes = self._make_graph(0, frozenset(), 1, 1).bytes
-        return max(1, min(wanted, least_available(self._problem.devices) // 2 // max(self.graph_bytes, 1)))
+        return max(1, min(wanted, self._free // max(self.graph_bytes, 1)))
 
     def _units(self, counter: FlopCounterMode, work: Task, b: int) -> float:
         """Forward passes of one product; devices whose backward pass is not counted get the usual two."""

@@ -6,6 +6,7 @@ import platform
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,12 +14,25 @@ from hesscope.communicator import Communicator
 from hesscope.memory import UNLIMITED, available_bytes, free_disk_bytes, is_limited
 from hesscope.space import Space
 
+Size = TypeVar("Size", int, float)
+
 
 def free_on(comm: Communicator, devices: Collection[torch.device]) -> tuple[int, int]:
     """Bytes that every rank may take on its devices in all, and on the one of them with least. Called by all ranks."""
     own = _fair(comm, _free_in(comm, devices)).values()
     told = comm.gathered((sum(own), min(own)))
     return min(together for together, _ in told), min(least for _, least in told)
+
+
+def short_of(comm: Communicator, needed: Mapping[torch.device, float]) -> tuple[str, float, int] | None:
+    """Where a rank has to refuse: the device, the bytes that it needs and those that it may take, of the first rank that lacks them.
+
+    None where every rank may take what it needs on each of its devices. Called by all ranks, which all get the same.
+    """
+    wanted, own = _by_place(comm, needed), _fair(comm, _free_in(comm, needed))
+    names = {_place(comm, device): str(device) for device in reversed(list(needed))}
+    lacking = next(((names[place], size, own[place]) for place, size in wanted.items() if size > own[place]), None)
+    return next((found for found in comm.gathered(lacking) if found is not None), None)
 
 
 def vectors_that_fit(
@@ -49,11 +63,12 @@ def _free_in(comm: Communicator, devices: Collection[torch.device]) -> dict[str,
     return {_place(comm, device): available_bytes(_home(device)) for device in devices}
 
 
-def _by_place(comm: Communicator, sizes: Mapping[torch.device, int]) -> dict[str, int]:
-    found: Counter[str] = Counter()
+def _by_place(comm: Communicator, sizes: Mapping[torch.device, Size]) -> dict[str, Size]:
+    found: dict[str, Size] = {}
     for device, size in sizes.items():
-        found[_place(comm, device)] += size
-    return dict(found)
+        place = _place(comm, device)
+        found[place] = found[place] + size if place in found else size
+    return found
 
 
 def _home(device: torch.device) -> torch.device:

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from hesscope.engines import Differential, Engine, Linearization
 from hesscope.errors import UnusedParameters
-from hesscope.memory import least_available
 from hesscope.models import sharded, state_key
+from hesscope.operators.free import free_on
 from hesscope.problem import Problem
 from hesscope.space import Space
 
@@ -31,10 +31,18 @@ class GraphMemory:
 
 
 def graph_memory_of(problem: Problem, limit: int | None) -> GraphMemory:
-    """So many bytes; half of the free memory for None. Nothing stays of weights that are divided among processes."""
+    """So many bytes; for None half of what every rank may take. Nothing stays of weights that are divided among processes.
+
+    Called by all ranks.
+    """
     if sharded(problem.model) is not None:
         return GraphMemory(0)
-    return GraphMemory(least_available(problem.devices) // 2 if limit is None else limit)
+    return GraphMemory(half_of_free(problem) if limit is None else limit)
+
+
+def half_of_free(problem: Problem) -> int:
+    """Half of the bytes that every rank may take on whichever of its devices has least. Called by all ranks."""
+    return free_on(problem.comm, problem.devices)[1] // 2
 
 
 class KeptLinearizations:

@@ -11,7 +11,6 @@ from hesscope.communicator import Communicator
 from hesscope.engines.linear_uses import Box, Use
 from hesscope.errors import HesscopeError, UnusedParameters
 from hesscope.losses import SamplingLoss
-from hesscope.memory import available_bytes
 from hesscope.models import named_parameters, state_key
 from hesscope.operators.asked import own_space
 from hesscope.operators.base import Operator
@@ -23,6 +22,7 @@ from hesscope.operators.batch_plan import (
     watch_every_use,
 )
 from hesscope.operators.fisher import SampledBatches
+from hesscope.operators.free import short_of
 from hesscope.operators.kronecker import KroneckerBlock
 from hesscope.operators.kronecker_factors import KroneckerFactors, Labelled
 from hesscope.operators.matrix_run import DiagonalBlocks, MatrixRun
@@ -101,7 +101,7 @@ def kfac(
     uses = watch_every_use(parts, space)
     boxes = _linear_boxes(parts, space, uses)
     sequences = _sequences(parts, boxes, uses) if per == "sequence" else None
-    _require_memory(space, boxes, corrected)
+    _require_memory(problem.comm, space, boxes, corrected)
     labelled: Labelled = (
         SampledBatches(parts, problem.loss, samples, seed)
         if labels == "sampled" and isinstance(problem.loss, SamplingLoss)
@@ -239,19 +239,18 @@ def _sequences(problem: Problem, boxes: dict[str, Box], uses: _Uses) -> list[int
     return found
 
 
-def _require_memory(space: Space, boxes: dict[str, Box], corrected: bool) -> None:
-    """Raise HesscopeError where the factors would not fit, each on its layer's device."""
-    needed: dict[torch.device, int] = {}
+def _require_memory(comm: Communicator, space: Space, boxes: dict[str, Box], corrected: bool) -> None:
+    """Raise HesscopeError, on every rank, where the factors would not fit, each on its layer's device."""
+    needed: dict[torch.device, float] = {}
     for box in boxes.values():
         R, C = (box.out_features, box.in_features) if corrected else box.shape
         # Eigenvectors are found one layer at a time, in float64 and with as much to work in.
         own = (R * R + C * C + R * C * corrected) * space.dtype.itemsize
         needed[box.device] = needed.get(box.device, 0) + own
-    for device, size in needed.items():
-        free = available_bytes(device)
-        if size > free:
-            raise HesscopeError(
-                f"Expected Kronecker factors that fit in memory: they take {size / 2**30:.1f} GiB on {device}, of which "
-                f"{free / 2**30:.1f} are free; select fewer layers, or leave out the output projection, whose factor is as wide "
-                "as the vocabulary."
-            )
+    if (short := short_of(comm, needed)) is not None:
+        device, size, free = short
+        raise HesscopeError(
+            f"Expected Kronecker factors that fit in memory: they take {size / 2**30:.1f} GiB on {device}, of which "
+            f"{free / 2**30:.1f} are free; select fewer layers, or leave out the output projection, whose factor is as wide "
+            "as the vocabulary."
+        )

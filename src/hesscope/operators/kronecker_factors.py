@@ -72,18 +72,18 @@ class KroneckerFactors:
 
     def corrected(self) -> dict[str, KroneckerBlock]:
         """EKFAC: a pass for the factors of whole weights, whose eigenbases are kept, and one for the eigenvalues."""
-        factors = self._factors(dict.fromkeys(self._boxes))
-        bases = {name: Eigenbases(*map(_eigenvectors, factors.pop(name))) for name in self._boxes}
+        factors, comm = self._factors(dict.fromkeys(self._boxes)), self._problem.comm
+        bases = comm.on_all(lambda: {name: Eigenbases(*map(_eigenvectors, factors.pop(name))) for name in self._boxes})
         S = self._eigenvalues(bases)
-        found: dict[str, KroneckerBlock] = {}
-        for name, box in self._boxes.items():
-            base = bases.pop(name)
-            found[name] = EigenCorrected(box, base.U[box.units], base.V[box.inputs], S[name])
-        return found
+        return comm.on_all(
+            lambda: {name: _corrected(box, bases.pop(name), S[name]) for name, box in self._boxes.items()}
+        )
 
     def _factors(self, parts: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[Tensor, Tensor]]:
         """(G, A) of every weight, or of the units and inputs that `parts` names."""
-        sums = {name: _Sums(self._boxes[name], part, self._space.dtype) for name, part in parts.items()}
+        sums = self._problem.comm.on_all(
+            lambda: {name: _Sums(self._boxes[name], part, self._space.dtype) for name, part in parts.items()}
+        )
         with self._problem.comm.summed(*(of_weight.parts for of_weight in sums.values())) as own:
             for b in self._problem.mine:
                 for pairs in self._backward(b):
@@ -97,7 +97,9 @@ class KroneckerFactors:
 
     def _eigenvalues(self, bases: dict[str, Eigenbases]) -> dict[str, Tensor]:
         """S of every weight, [R, C]."""
-        S = {name: base.U.new_zeros(len(base.U), len(base.V)) for name, base in bases.items()}
+        S = self._problem.comm.on_all(
+            lambda: {name: base.U.new_zeros(len(base.U), len(base.V)) for name, base in bases.items()}
+        )
         scale = 1.0 / (self._problem.N * self._samples)
         with self._problem.comm.summed(S) as own:
             for b in self._problem.mine:
@@ -162,6 +164,10 @@ def _eigenvectors(M: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix as columns, found in float64."""
     vectors: Tensor = torch.linalg.eigh(M.double())[1]
     return vectors.to(M.dtype)
+
+
+def _corrected(box: Box, base: Eigenbases, S: Tensor) -> KroneckerBlock:
+    return EigenCorrected(box, base.U[box.units], base.V[box.inputs], S)
 
 
 def _add_eigenvalues(S: Tensor, pairs: Pairs, base: Eigenbases, groups: int | None, scale: float) -> None:

@@ -15,10 +15,9 @@ import torch
 
 from hesscope.engines.linear_uses import Box
 from hesscope.engines.sequence_probes import RankOne, SequenceProbes
-from hesscope.memory import least_available
 from hesscope.models import state_key
 from hesscope.operators.batch_plan import sequences_and_length, taken_apart
-from hesscope.operators.graphs import merged, warn_of_unused
+from hesscope.operators.graphs import half_of_free, merged, warn_of_unused
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
 from hesscope.space.random import signs, stream_key
@@ -30,13 +29,13 @@ _ROUNDINGS = 100
 
 
 class ProbedDiagonal:
-    """Draws of the diagonal; batches' graphs are kept as far as `limit` bytes hold them, by default half of the free memory."""
+    """Draws of the diagonal; batches' graphs are kept as far as `limit` bytes hold them, by default half of what every rank may take."""
 
     def __init__(
         self, problem: Problem, space: Space, limit: int | None, make_room: Callable[[], None] = lambda: None
     ) -> None:
         self._problem, self._space, self._make_room = problem, space, make_room
-        self._limit = least_available(problem.devices) // 2 if limit is None else limit
+        self._limit = half_of_free(problem) if limit is None else limit
         self.units, self._looked = 0.0, 1.0  # the look at the layers is paid for by the first draw
         self._plans = taken_apart(problem, space, lambda name, box: _is_full(space, box, name))
         self._checked = all(sequences == 1 for _, sequences in self._plans)

@@ -143,11 +143,12 @@ class CurvatureOfRisk(Operator):
         count = vectors.count(V)
         sums, columns = self.space.sums(count, self.sum_dtype).complete(), self.comm.columns(count)
         whole, of = ({name: x for name, x in X.items() if name not in divided.rows} for X in (sums, V))
+        rows = {name: V[name] for name in divided.rows}
         mine = set(self._parts.mine_of_columns(count))
         V_own, sums_own = (vectors.columns(X, columns.start, columns.stop) for X in (V, sums))
         with (
             divided.exchanged(V_own, sums_own, self._parts.outside) as (V_brought, into, give_rest),
-            self.comm.summed(whole, of=of) as own,
+            self.comm.summed(whole, of=of, rows=rows) as own,
             self._parts.held(),
             multiplying(self.precision),
         ):

@@ -28,6 +28,9 @@ T = TypeVar("T")
 #: Tensors travel in pieces of so many bytes: few enough to pack, large enough that a piece's fixed cost is nothing.
 _PIECE = 64 * 2**20
 _SLICE = 1.0
+_OUT_OF_STEP = (
+    "The ranks are no longer in step: they have not taken part in the same exchanges; start all of them again."
+)
 #: Seconds of silence after which a rank counts as lost, where nothing else is said.
 TIMEOUT = 60.0
 #: How often this process has been one of some ranks: each time in a place of the store of its own, in step with the others.
@@ -58,7 +61,7 @@ class Ranks(Communicator):
         name = f"hesscope/{next(_TIMES.setdefault(members, count()))}/{'-'.join(map(str, members))}"
         self._watch = Watch(PrefixStore(name, _get_default_store()), self.rank, self.ranks, timeout)
         self._store = self._watch.store
-        self._sequence = 0
+        self._sequence, self._attempts = 0, 0
         self._exchange: Exchange | None = None
         #: Bytes given to reductions so far, and how many there were.
         self.reduced_bytes, self.reductions = 0, 0
@@ -89,7 +92,7 @@ class Ranks(Communicator):
         """An exception in the middle of what the others take part in ends this rank's part."""
         if isinstance(error, RankLost):
             return error
-        self._watch.say(_words(error))
+        self._watch.say(_words(error), self._sequence)
         return RankLost(_words(error))
 
     # ---- Communicator
@@ -108,11 +111,14 @@ class Ranks(Communicator):
         return divide(weights, size)[self.rank % size]
 
     @contextmanager
-    def summed(self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None) -> Iterator[Own]:
+    def summed(
+        self, *parts: dict[str, Tensor], of: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None
+    ) -> Iterator[Own]:
         own, tensors = Own(), [tensor for part in parts for tensor in part.values()]
         mark = (0, 0) if of is None else _digest(of, self._sequence)
         self._start()  # what was said of an exception that all had is not to be read while this rank does its share
         try:
+            self._require_same_rows(rows or {})
             yield own
         except RankLost:
             raise
@@ -125,10 +131,7 @@ class Ranks(Communicator):
         if sums is None:
             raise self._told(None)
         if sums[:2] != [self.ranks * word for word in mark]:
-            raise HesscopeError(
-                f"Expected the same vector on every rank, but rank {self.rank} has another: the ranks' devices or libraries "
-                "round differently, or a seed is not given; use machines of one kind, and give seeds."
-            )
+            raise self._another_vector()
         own.amount, own.error = sums[2:]
 
     def on(self, rank: int, find: Callable[[], T]) -> T:
@@ -170,6 +173,7 @@ class Ranks(Communicator):
     def watched(self) -> Iterator[None]:
         try:
             with self.connected():
+                self._start()
                 yield
         except RankLost:
             raise
@@ -177,12 +181,42 @@ class Ranks(Communicator):
             # A launcher that misses one rank interrupts the others.
             if cause := self._watch.missing():
                 raise cause from interrupt
-            self._watch.say(_words(interrupt))
+            self._watch.say(_words(interrupt), self._sequence)
             raise
         except BaseException as error:
             if not getattr(error, "_hesscope_told", False):
-                self._watch.say(_words(error))
+                self._watch.say(_words(error), self._sequence)
             raise
+
+    def attempted(self, work: Callable[[], T]) -> T:
+        failure: Exception | None = None
+        try:
+            with self.watched():
+                found = work()
+        except Exception as error:
+            failure = error
+        lost, words = isinstance(failure, RankLost), None if failure is None else _words(failure)
+        ends = self._ends((self._sequence, lost, words))
+        reason = next(
+            (f"Rank {rank} stopped: {said}" for rank, (_, gone, said) in enumerate(ends) if said and not gone), None
+        )
+        if any(gone for _, gone, _ in ends) or len({met for met, *_ in ends}) > 1:
+            raise failure if lost and failure is not None else RankLost(words or reason or _OUT_OF_STEP) from failure
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise _marked(HesscopeError(reason))
+        return found
+
+    def _ends(self, own: T) -> list[T]:
+        """How an attempt has ended for every rank, whatever it has said of that meanwhile."""
+        self._attempts += 1
+        try:
+            found = self._exchanged(f"end-{self._attempts}", own, range(self.ranks), heeding=False)
+            self._start()
+        except RuntimeError as error:
+            raise self._watch.lost() from error
+        return found
 
     @contextmanager
     def connected(self) -> Iterator[None]:
@@ -249,6 +283,23 @@ class Ranks(Communicator):
         rank, reason = next((r, reason) for r, reason in enumerate(reasons) if reason is not None)
         return _marked(HesscopeError(f"Rank {rank} stopped: {reason}"))
 
+    def _require_same_rows(self, rows: dict[str, Tensor]) -> None:
+        """Raise HesscopeError where a rank that holds the same rows has others in them."""
+        replicas = None if self._exchange is None else self._exchange.replicas
+        if replicas is None or not rows:
+            return
+        mark = _digest(rows, self._sequence)
+        sums = torch.tensor(mark, dtype=torch.float64, device=self._device)
+        self._wait(dist.all_reduce(sums, group=replicas, async_op=True))
+        if sums.tolist() != [dist.get_world_size(replicas) * word for word in mark]:
+            raise self._another_vector()
+
+    def _another_vector(self) -> HesscopeError:
+        return HesscopeError(
+            f"Expected the same vector on every rank, but rank {self.rank} has another: the ranks' devices or libraries "
+            "round differently, or a seed is not given; use machines of one kind, and give seeds."
+        )
+
     # ---- waiting
 
     def _start(self) -> None:
@@ -256,7 +307,7 @@ class Ranks(Communicator):
 
     def _wait(self, work: Any) -> None:
         """To the end of a collective, or until a rank that takes part is known to be gone."""
-        began = time.monotonic()
+        began, ended = time.monotonic(), False
         self._watch.begin()
         while True:
             try:
@@ -266,31 +317,37 @@ class Ranks(Communicator):
                     work.wait(timedelta(seconds=_SLICE))
                 return
             except RuntimeError as error:
-                if work.is_completed():
+                if ended:
                     raise self._watch.lost() from error
-            self._watch.check(time.monotonic() - began)
+            # One that ends just when the time is up has not failed for that: asked again, it says how it ended.
+            ended = work.is_completed()
+            if not ended:
+                self._watch.check(time.monotonic() - began)
 
     # ---- objects
 
     def _letters(self, value: Any, senders: Sequence[int]) -> list[Any]:
         """What the senders have to say, on every rank. The store keeps a letter until all have read it."""
         self._sequence += 1
-        number = self._sequence
         try:
             self._start()
-            if self.rank in senders:
-                self._store.set(f"letter/{number}/{self.rank}", pickle.dumps(value))
-            found = [pickle.loads(self._read(f"letter/{number}/{sender}")) for sender in senders]
-            # The last reader clears up.
-            if self._store.add(f"read/{number}", 1) == self.ranks:
-                for sender in senders:
-                    self._store.delete_key(f"letter/{number}/{sender}")
-                self._store.delete_key(f"read/{number}")
+            return self._exchanged(str(self._sequence), value, senders)
         except RuntimeError as error:
             raise self._watch.lost() from error
+
+    def _exchanged(self, name: str, value: Any, senders: Sequence[int], heeding: bool = True) -> list[Any]:
+        """The same under a name; not `heeding` what ranks have said of their exceptions, where the letters are about these."""
+        if self.rank in senders:
+            self._store.set(f"letter/{name}/{self.rank}", pickle.dumps(value))
+        found = [pickle.loads(self._read(f"letter/{name}/{sender}", heeding)) for sender in senders]
+        # The last reader clears up.
+        if self._store.add(f"read/{name}", 1) == self.ranks:
+            for sender in senders:
+                self._store.delete_key(f"letter/{name}/{sender}")
+            self._store.delete_key(f"read/{name}")
         return found
 
-    def _read(self, key: str) -> bytes:
+    def _read(self, key: str, heeding: bool) -> bytes:
         began, pause = time.monotonic(), 1e-4
         self._watch.begin()
         looked = began
@@ -299,7 +356,7 @@ class Ranks(Communicator):
             pause = min(1.5 * pause, 0.05)
             if time.monotonic() - looked > _SLICE:
                 looked = time.monotonic()
-                self._watch.check(looked - began)
+                self._watch.check(looked - began if heeding else 0.0)
         return bytes(self._store.get(key))
 
     def _broadcast(self, empty: _Empty, own: Iterator[Tensor], source: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,7 +35,8 @@ class Watch:
         self._others = [other for other in range(ranks) if other != rank]
         self._awaited, self._came = set(self._others), time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
-        self._said = False
+        self._said = ""
+        self._raised = Counter[int]()
         self._stop = threading.Event()
         try:
             store.set(f"beat/{rank}", "0")
@@ -61,33 +63,43 @@ class Watch:
 
     # ---- last words
 
-    def say(self, cause: str) -> None:
-        """Leave word of an exception that ends this rank's part."""
-        self._said = self._post(_RAISED, cause)
+    def say(self, cause: str, met: int) -> None:
+        """Leave word of an exception that ends this rank's part, after so many meetings with the others.
+
+        Where another rank ends there as often, the exception was everybody's: neither stops for the other's word.
+        """
+        self._raised[met] += 1
+        self._said = self._post(_RAISED, cause, met, self._raised[met])
 
     def unsay(self) -> None:
-        """Take it back: the exception was everybody's, and this rank goes on."""
+        """Take it back: this rank goes on."""
         if self._said:
-            self._said = False
-            self.store.set("failed", "")
+            word, self._said = self._said, ""
+            self.store.compare_set("failed", word, "")
 
-    def _post(self, kind: str, cause: str) -> bool:
-        """Leave word unless somebody was first; whether it is ours."""
-        word = f"{kind}\n{self._rank}\n{cause}"
+    def _post(self, kind: str, cause: str, met: int = 0, times: int = 0) -> str:
+        """Leave word unless somebody was first whom this rank would hear; the word, if it is ours."""
+        word = f"{kind}\n{self._rank}\n{met}\n{times}\n{cause}"
         try:
-            return bool(self.store.compare_set("failed", "", word).decode() == word)
+            there = self._there()
+            expected = there if self._heard(there) is None else ""
+            return word if self.store.compare_set("failed", expected, word).decode() == word else ""
         except RuntimeError:
-            return False
+            return ""
 
     def _word(self) -> tuple[str, str] | None:
         """Kind and sentence of what another rank left."""
-        if not self.store.check(["failed"]):
-            return None
-        word = self.store.get("failed").decode()
+        return self._heard(self._there())
+
+    def _there(self) -> str:
+        return str(self.store.get("failed").decode()) if self.store.check(["failed"]) else ""
+
+    def _heard(self, word: str) -> tuple[str, str] | None:
+        """What a word says to this rank; nothing where it is its own, or of an exception that it had as well."""
         if not word:
             return None
-        kind, rank, cause = word.split("\n", 2)
-        if int(rank) == self._rank and kind == _RAISED:
+        kind, rank, met, times, cause = word.split("\n", 4)
+        if kind == _RAISED and (int(rank) == self._rank or int(times) <= self._raised[int(met)]):
             return None
         return kind, cause if kind == _LOST else f"Rank {rank} stopped: {cause}"
 

@@ -214,10 +214,13 @@ def as_dtensor(like: Tensor, local: Tensor, rows: Rows | None) -> Tensor:
 
 def _by_rows(like: Any, rows: Rows) -> tuple[Any, ...] | None:
     """Placements that divide rows among the processes that a DTensor is divided among; None where these are not the rows'."""
+    import torch.distributed as dist
     from torch.distributed.tensor import Replicate, Shard
 
     divided = divided_along(like)
     at = divided[0] if divided else len(like.placements) - 1
-    if len(divided) > 1 or like.device_mesh.size(at) != rows.exchange.size:
+    # Along another dimension of the mesh there may be as many processes, which hold other rows.
+    among, ours = (dist.get_process_group_ranks(g) for g in (like.device_mesh.get_group(at), rows.exchange.group))
+    if len(divided) > 1 or among != ours:
         return None
     return tuple(Shard(0) if i == at else Replicate() for i in range(len(like.placements)))

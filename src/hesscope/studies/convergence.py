@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hesscope.algorithms import block
 from hesscope.algorithms.driver import provenance
+from hesscope.communicator import Communicator
 from hesscope.errors import HesscopeError, UnusedParameters
-from hesscope.memory import available_bytes
 from hesscope.operators import PROBLEM_OPERATORS, hessian
+from hesscope.operators.free import short_of
 from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem, select
 from hesscope.results import Convergence
@@ -71,7 +72,7 @@ def convergence(
     singles = problem.by_sequence().related(objective="nll")
     whole = hessian(singles, space)
     kept = _kept(keep, len(singles.batches), space, keep_memory)
-    _require_memory(space, len(kept))
+    _require_memory(problem.comm, space, len(kept))
     study = _Study(singles, space, operator, engine, problem.objective, kept)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -197,10 +198,10 @@ def _spaced(S: int, most: int) -> list[int]:
     return found
 
 
-def _require_memory(space: Space, kept: int) -> None:
+def _require_memory(comm: Communicator, space: Space, kept: int) -> None:
     n = space.size
-    wanted, free = n * n * (3 * 8 + kept * space.dtype.itemsize), available_bytes(torch.device("cpu"))
-    if wanted > free:
+    if (short := short_of(comm, {torch.device("cpu"): n * n * (3 * 8 + kept * space.dtype.itemsize)})) is not None:
+        _, wanted, free = short
         raise HesscopeError(
             f"Expected matrices that fit in memory: the sums and {kept} running estimates of {n} x {n} take "
             f"{wanted / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free; keep fewer or select fewer coordinates."

@@ -14,8 +14,8 @@ from hesscope.algorithms.driver import provenance
 from hesscope.engines import make_engine
 from hesscope.engines.base import parameter_values
 from hesscope.errors import HesscopeError
-from hesscope.memory import available_bytes
 from hesscope.operators import hessian
+from hesscope.operators.free import short_of
 from hesscope.operators.risk import CurvatureOfRisk
 from hesscope.problem import Problem, select
 from hesscope.results import PerplexityStudy
@@ -138,17 +138,18 @@ def _joint_hessian(problem: Problem, space: Space) -> Tensor:
 def _require_memory(problem: Problem, space: Space) -> None:
     """Measure the graph of the longest batch and hold all of them to the free memory."""
     longest = max(range(len(problem.batches)), key=lambda b: problem.counts[b])
-    one = make_engine("reverse-over-reverse").linearize(problem, longest, space).bytes
+    comm = problem.comm
+    one = comm.on_all(lambda: make_engine("reverse-over-reverse").linearize(problem, longest, space).bytes)
     graph = one * problem.N / problem.counts[longest]
     matrices = 6 * space.size**2 * 8
     for wanted, device, what in (
         (graph, problem.device, "one graph over all the data"),
         (matrices, torch.device("cpu"), f"six matrices {space.size} x {space.size}"),
     ):
-        free = available_bytes(device)
-        if wanted > free:
+        if (short := short_of(comm, {device: wanted})) is not None:
+            _, needed, free = short
             raise HesscopeError(
-                f"Expected {what} to fit in memory: about {wanted / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are "
+                f"Expected {what} to fit in memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are "
                 "free; use fewer or shorter sequences, or select fewer coordinates."
             )
 
