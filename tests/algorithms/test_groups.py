@@ -348,3 +348,13 @@ def test_refusals(wrong: dict[str, Any], said: str) -> None:
 def test_the_density_of_no_group_is_refused() -> None:
     with pytest.raises(hs.HesscopeError, match="name of a group"):
         hs.groups(hs.operator(torch.eye(3))).density("block 0")
+
+
+def test_other_members_of_groups_of_one_size_are_another_run(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4))).double()
+    problem = hs.supervised(model, [(torch.ones(1, 2).double(), torch.zeros(1, 2).double())], loss="mse")
+    H, kept = hs.hessian(problem), checkpoint.Checkpoint(tmp_path / "kept", every=0.0, keep_finished=True)
+    how: dict[str, Any] = {"probes": 2, "steps": 2, "max_products": 20, "checkpoint": kept}
+    hs.groups(H, by=lambda name: "first" if name[0] in "01" else "second", **how)
+    with pytest.raises(hs.HesscopeError, match="of another run: members"):
+        hs.groups(H, by=lambda name: "first" if name[0] in "02" else "second", **how)

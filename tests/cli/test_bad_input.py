@@ -120,6 +120,28 @@ def test_options_out_of_range(own: tuple[str, ...], expected: str, refused: Call
     assert expected in refused("trace", *own)
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (("--form", "magic"), "stem, binned, smoothed"),
+        (("--grid", "0"), "at least 2"),
+        (("--bandwidth", "inf"), "positive"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_computed(
+    own: tuple[str, ...], expected: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("hesscope.lanczos", computed)
+    assert expected in refused("lanczos", "--steps", "2", *own)
+
+
+def test_verify_is_of_the_hessian(refused: Callable[..., str]) -> None:
+    assert "--operator hessian for verify" in refused("verify", "--operator", "ggn")
+
+
 def test_a_missing_model_or_data_option(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

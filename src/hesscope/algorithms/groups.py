@@ -73,6 +73,8 @@ def groups(
     run = _Run(Tally(H), list(parts.values()), probes, steps, max_products, tol, seed, home)
     said = by if isinstance(by, str) else "a function of names"
     options: dict[str, Any] = {"by": said, "groups": {name: part.size for name, part in parts.items()}}
+    if callable(by):
+        options["members"] = {name: part.names for name, part in parts.items()}
     options |= {"probes": probes, "steps": steps, "max_products": max_products, "tol": tol, "seed": seed}
     spent = drive(run.whole, run, options, checkpoint)
     norms, spectra = run.norms, run.spectra

@@ -81,6 +81,9 @@ class BatchColumns(MatrixRun):
             for b, most in enumerate(most_copies)
         ]
         self._ends = list(accumulate(plan.tasks for plan in self._plans))
+        #: The batch that is looked at for whether positions are of one sequence each; one of a single sequence shows nothing.
+        through = [b for b, plan in enumerate(self._plans) if plan.through_positions]
+        self._looked_at = next((b for b in through if self._plans[b].sequences > 1), through[0] if through else None)
         self.graphs = len(self._plans)
         self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
 
@@ -93,8 +96,10 @@ class BatchColumns(MatrixRun):
 
     def _whole(self) -> Span:
         """The tasks of the unit through positions that is held against one through weights: one rank's."""
-        plan, start = self._plans[0], 0
-        for part in plan.parts:
+        if self._looked_at is None:
+            return 0, 0
+        start = self._ends[self._looked_at - 1] if self._looked_at else 0
+        for part in self._plans[self._looked_at].parts:
             if part.by_position:
                 return start, start + part.tasks // part.units
             start += part.tasks
@@ -160,7 +165,7 @@ class BatchColumns(MatrixRun):
         plan, graph = self._plans[b], self._graph(b)
         work, share = plan.task(task - (self._ends[b - 1] if b else 0)), self._share[b]
         counter = FlopCounterMode(display=False) if work.name not in self.pass_units else None
-        is_checked = b == 0 and work.unit == 0 and work.name == next(iter(plan.through_positions))
+        is_checked = b == self._looked_at and work.unit == 0 and work.name == next(iter(plan.through_positions))
         with counter or torch.no_grad():
             if into.dim() == 1 and work.unit is not None and not is_checked:
                 self._add_own(plan, graph, work, into, weight / self._problem.N)

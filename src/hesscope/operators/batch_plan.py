@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from hesscope.engines.linear_uses import Box, Use, WatchUses
+from hesscope.engines.base import parameter_values
+from hesscope.engines.linear_uses import Box, Use, WatchUses, as_linear
 from hesscope.losses import CausalLMLoss
 from hesscope.models import device_of, named_parameters, values_of
 from hesscope.problem import Problem
@@ -20,6 +22,8 @@ from hesscope.space import Coordinates, Space
 
 #: So many tokens keep a device busy in one pass; smaller batches are repeated.
 _BUSY_TOKENS = {"cpu": 256, "cuda": 8192}
+#: What layers receive of one sequence may differ by so much, of its norm, with others beside it.
+_LEAK = 1e-3
 #: Passes of one task through positions, whose responses are read out together.
 _PASSES = 8
 
@@ -151,6 +155,58 @@ def taken_apart(
         }
         found.append((fits, tokens[0] if tokens else 1))
     return found
+
+
+def held_apart(
+    problem: Problem, space: Space, plans: list[tuple[dict[str, Box], int]]
+) -> list[tuple[dict[str, Box], int]]:
+    """The plans of `taken_apart`, once a batch's sequences are seen to be apart and along the first axis; else a batch is one."""
+    b = next((b for b, (fits, S) in enumerate(plans) if fits and S > 1 and _differ(problem.batches[b])), None)
+    if b is None:
+        return plans
+    leaks = torch.zeros(1, dtype=torch.float64)
+    with problem.comm.summed({"leaks": leaks}):
+        if b in problem.mine:
+            leaks += not _are_apart(problem, b, space, *plans[b])
+    return [(fits, 1) for fits, _ in plans] if float(leaks) else plans
+
+
+def _are_apart(problem: Problem, b: int, space: Space, boxes: dict[str, Box], sequences: int) -> bool:
+    """Whether layers receive of a batch's first sequence the same with that sequence in the place of all others.
+
+    They do not where sequences touch one another, nor where the first axis of what a layer receives is not that of sequences.
+    """
+    batch: Any = problem.batches[b]
+    alike = problem.related(batches=[{key: x[:1].expand_as(x).contiguous() for key, x in batch.items()}])
+    before, after = (_received(of, at, space, boxes, sequences) for of, at in ((problem, b), (alike, 0)))
+    return all(float((before[name] - x).norm()) <= _LEAK * float(x.norm()) for name, x in after.items())
+
+
+def _received(problem: Problem, b: int, space: Space, boxes: dict[str, Box], sequences: int) -> dict[str, Tensor]:
+    """The first of so many parts of what each layer receives in batch b."""
+    values = parameter_values(problem, space)
+    with torch.no_grad(), _FirstReceived({id(values[name]): name for name in boxes}, sequences) as mode:
+        problem.total(b, values)
+    return mode.found
+
+
+class _FirstReceived(TorchFunctionMode):
+    def __init__(self, names: dict[int, str], sequences: int) -> None:
+        super().__init__()
+        self._names, self._sequences = names, sequences
+        self.found: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        linear = as_linear(func, args, kwargs)
+        if linear is not None and (name := self._names.get(id(linear[1]))) is not None:
+            self.found[name] = linear[0].reshape(self._sequences, -1)[0].double()
+        return func(*args, **(kwargs or {}))
+
+
+def _differ(batch: Any) -> bool:
+    """Whether a batch has two sequences that are not alike."""
+    ids = batch["input_ids"]
+    return bool((ids != ids[:1]).any())
 
 
 def plan_batch(
