@@ -25,7 +25,7 @@ from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss, output_weight
 from hesscope.memory import least_available
 from hesscope.models import named_parameters
-from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_every_use
+from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, sequences_are_apart, watch_every_use
 from hesscope.operators.graphs import merged, warn_of_unused
 from hesscope.operators.matrix_run import MatrixRun, add_rows
 from hesscope.operators.task_lists import Span, divided, nth, without_first
@@ -55,6 +55,12 @@ class BatchColumns(MatrixRun):
         self.graph_bytes, self.planned_bytes = 0, 0
         self._uses, self._route = watch_every_use(problem, space), route
         self._boxes = boxes_of(problem, space, self._uses)
+        self._apart = sequences_are_apart(problem, space, self._boxes)
+        if route == "positions" and not self._apart:
+            raise HesscopeError(
+                "Expected a model that keeps the sequences of a batch apart, along the first axis of what its layers receive, for "
+                "route='positions'; it turns axes round or mixes sequences of a batch; pass route='weights'."
+            )
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             problem.total(0)
         self._forward_flops = forward.get_total_flops()
@@ -77,7 +83,7 @@ class BatchColumns(MatrixRun):
     def _plan(self, most_copies: Sequence[Callable[[int], int]]) -> None:
         """Plan every batch, with so many copies of it at once."""
         self._plans = [
-            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most)
+            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, self._apart, most)
             for b, most in enumerate(most_copies)
         ]
         self._ends = list(accumulate(plan.tasks for plan in self._plans))

@@ -18,9 +18,9 @@ from hesscope.operators.base import Operator
 from hesscope.operators.batch_plan import (
     box_of,
     boxes_of,
-    held_apart,
     receives_every_position,
     sequences_and_length,
+    sequences_are_apart,
     watch_every_use,
 )
 from hesscope.operators.fisher import SampledBatches
@@ -237,8 +237,7 @@ def _sequences(problem: Problem, space: Space, boxes: dict[str, Box], uses: _Use
                 )
         assert tokens is not None
         found.append(tokens[0])
-    plans = [({name: boxes[name] for name in boxes if used[name]}, S) for used, S in zip(uses, found, strict=True)]
-    if held_apart(problem, space, plans) != plans:
+    if not sequences_are_apart(problem, space, boxes):
         raise HesscopeError(
             "Expected a language model that keeps the sequences of a batch apart, along the first axis of what its layers "
             "receive, for per='sequence'; make batches of one sequence, or use per='token'."
