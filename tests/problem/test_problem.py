@@ -250,3 +250,17 @@ class QuarticLossOfPairs(QuarticLoss):
 
     def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
         return super().total(model, batch[0])
+
+
+def test_a_count_that_is_a_tensor_is_its_number() -> None:
+    class Weighted(QuarticLoss):
+        def total(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Any]:
+            weights = batch[:, 0].abs()
+            return (weights[:, None] * model(batch).pow(4)).sum(), weights.sum()
+
+    problem = hs.Problem(network(), Weighted(), points(2, 5))
+    assert pytest.approx(float(torch.cat(points(2, 5))[:, 0].abs().sum())) == problem.N
+    assert isinstance(problem.N, float)
+    found = hs.trace(hs.hessian(problem))
+    assert found.estimate == pytest.approx(float(matrix(problem).trace()))
+    assert isinstance(problem.describe()["terms"], float)

@@ -195,7 +195,9 @@ class Krylov:
         eps = torch.finfo(self._H.dtype).eps
         scale = max(*map(abs, self.alphas), *self.betas, 0.0)
         before = float(self._arrow.norm()) if self.m - 1 == len(self._arrow) else self.betas[-1]
-        return max(10 * eps * scale, 100 * eps * math.hypot(self.alphas[-1], before))
+        product = math.hypot(self.alphas[-1], before)
+        # Two passes against a rounded basis leave its rounding squared of what lies in it.
+        return max(10 * eps * scale, 100 * eps * product, 10 * self._Q.rounding**2 * product)
 
     def _unit(self, w: Vectors) -> Vectors:
         return self._H.space.combine(w, 1.0 / self._H.space.norms(w)[:, None])

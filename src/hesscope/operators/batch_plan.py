@@ -194,14 +194,14 @@ def _are_apart(problem: Problem, b: int, s: int, space: Space, boxes: Mapping[st
     limit = min(max(_LEAK, 20 * space.rounding), 0.2)
     pairs = [pair for name in boxes for pair in zip(before[name], after[name], strict=False)]
     return abs(alone - together) <= limit * abs(alone) and all(
-        float((x - y).norm()) <= limit * float(x.norm()) for x, y in pairs
+        x.shape == y.shape and float((x - y).norm()) <= limit * float(x.norm()) for x, y in pairs
     )
 
 
 def _first_received(
     problem: Problem, b: int, space: Space, boxes: Mapping[str, Box]
 ) -> tuple[float, dict[str, list[Tensor]]]:
-    """The loss of a batch of two, and what layers that receive every position receive of the first of them."""
+    """The loss of a batch of two, and what layers receive of the first of them."""
     values = parameter_values(problem, space)
     size = problem.batches[b]["input_ids"].numel()
     expected = {id(values[name]): (name, size * box.in_features) for name, box in boxes.items()}
@@ -211,7 +211,10 @@ def _first_received(
 
 
 class _FirstOf(TorchFunctionMode):
-    """Keeps the first of so many parts of what linear layers of some weights receive, where it has the size that is expected."""
+    """Keeps the first of so many parts of what linear layers of some weights receive: all positions, or several of each.
+
+    What is a list of positions of another length, such as those of an expert, has no order to look at.
+    """
 
     def __init__(self, parts: int, expected: dict[int, tuple[str, int]]) -> None:
         super().__init__()
@@ -221,8 +224,11 @@ class _FirstOf(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         linear = as_linear(func, args, kwargs)
         name, size = self._expected.get(id(linear[1]), ("", 0)) if linear is not None else ("", 0)
-        if linear is not None and linear[0].numel() == size:
-            self.found[name].append(linear[0].detach().reshape(self._parts, -1)[0].double())
+        if linear is not None and name and (linear[0].numel() == size or linear[0].dim() > 2):
+            x = linear[0].detach()
+            self.found[name].append(
+                x.reshape(self._parts, -1)[0].double() if x.numel() % self._parts == 0 else x.double()
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -127,6 +127,7 @@ class Problem:
         else:
             with torch.no_grad():
                 counts = tuple(self.total(b)[1] for b in range(len(self.batches)))
+        counts = tuple(count.item() if isinstance(count, Tensor) else count for count in counts)
         if sum(counts) == 0:
             raise HesscopeError(
                 "Expected at least one loss term, found none: every label is ignored or the sequences have one token."
