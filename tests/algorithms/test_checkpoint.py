@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,28 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         hs.lanczos(whole(), 12, checkpoint=tmp_path / "file")
     with pytest.raises(hs.HesscopeError, match="0 or more"):
         Checkpoint(tmp_path, every=-1.0)
+
+
+@pytest.mark.parametrize("room", [(10_000, 0), (0, 10_000)])
+def test_a_trace_goes_on_as_it_was_begun_whatever_memory_is_free(
+    room: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for a basis it is XNysTrace that is begun."""
+
+    def trace(free: int, calls: int, **more: Any) -> Any:
+        monkeypatch.setattr(sys.modules["hesscope.algorithms.trace"], "vectors_that_fit", lambda *_: free)
+        for kind in ("exchangeable", "hutchinson"):
+            monkeypatch.setattr(sys.modules[f"hesscope.algorithms.traces.{kind}"], "chunk_size", lambda _: 5)
+        H = killed_after(calls, matrix=A @ A)
+        H.positive_semidefinite = True
+        return hs.trace(H, budget=20, **more)
+
+    before, after = room
+    with pytest.raises(Killed):
+        trace(before, 4, checkpoint=Checkpoint(tmp_path / "kept", every=0.0))
+    found, whole = trace(after, -1, checkpoint=tmp_path / "kept"), trace(before, -1)
+    assert found.provenance["resumed"] == 1
+    assert (found.method, found.estimate) == (whole.method, whole.estimate)
 
 
 def test_a_run_of_parts_does_not_repeat_the_finished_ones(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from hesscope.operators.congruence import DiagonalCongruence
 F64 = torch.float64
 
 
-def problem() -> hs.Problem:
+def problem(label: int = 0) -> hs.Problem:
     torch.manual_seed(0)
-    return hs.supervised(nn.Linear(3, 2, bias=False).double(), [(torch.ones(2, 3, dtype=F64), torch.tensor([0, 1]))])
+    batch = (torch.arange(6, dtype=F64).view(2, 3), torch.tensor([label % 2, label // 2]))
+    return hs.supervised(nn.Linear(3, 2, bias=False).double(), [batch])
 
 
 def unit(i: int, n: int = 6) -> Tensor:
@@ -34,6 +35,11 @@ def scaled(i: int) -> hs.Operator:
 FAMILIES: dict[str, Callable[[int], hs.Operator]] = {
     "update": lambda i: hs.hessian(problem()).updated(unit(i)),
     "update inside": lambda i: 2.0 * (hs.hessian(problem()) + hs.ggn(problem()).updated(unit(i))),
+    "update's weight": lambda i: hs.hessian(problem()).updated(unit(0), 1.0 + 1e-6 * i),
+    "multiple": lambda i: (1.0 + 1e-6 * i) * hs.hessian(problem()),
+    "shift": lambda i: hs.hessian(problem()).shifted(0.1 + 1e-7 * i),
+    "second problem": lambda i: hs.hessian(problem()) - hs.hessian(problem(1 + i)),
+    "third problem": lambda i: hs.hessian(problem()) + (hs.ggn(problem()) + hs.kfac(problem(i))),
     "scales": scaled,
     "matrix": lambda i: hs.operator(torch.diag(1 + unit(i))),
     "function": lambda i: hs.operator(lambda X: (1 + unit(i))[:, None] * X, size=6, dtype=F64),

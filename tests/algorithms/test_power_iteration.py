@@ -198,6 +198,7 @@ def test_the_stochastic_form_finds_the_leading_direction() -> None:
     [
         ({"batches": 9}, "batches between 1 and 8"),
         ({"batches": 2, "momentum": "auto"}, "momentum to be a number"),
+        ({"momentum": float("inf")}, "'auto' or a number"),
         ({"batches": 2, "max_products": 11, "k": 2}, "max_products of at least 12"),
         ({"max_basis": 4}, "method='power', which keeps no basis"),
         ({"basis_device": "abacus"}, "method='power', which keeps no basis"),

@@ -55,6 +55,22 @@ def test_residuals_are_those_of_the_vectors_returned(dtype: str, max_basis: int 
     assert float((true / found.eigenvalues.abs()).max()) > 0.01 * eps  # it does round
 
 
+@pytest.mark.filterwarnings("ignore:. of 3 eigenpairs missed tol:hesscope.HesscopeWarning")
+@pytest.mark.parametrize("basis", NARROW)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_nothing_is_found_twice_where_a_rounded_basis_has_all_there_is(dtype: torch.dtype, basis: str) -> None:
+    """What rounding leaves of a vector inside it is no direction."""
+    low_rank = torch.zeros(40)
+    low_rank[[3, 17, 30]] = torch.tensor([5.0, 4.0, -3.0])
+    for values in (torch.ones(7), low_rank):
+        for which in ("LA", "SA"):
+            found = hs.eigs(hs.operator(torch.diag(values.to(dtype))), k=3, which=which, tol=0.02, basis_dtype=basis)
+            expected = values.double().sort(descending=which == "LA").values[:3]
+            torch.testing.assert_close(found.eigenvalues, expected, rtol=0.02, atol=0.02)
+            V = found.eigenvectors.double()
+            assert float((V.T @ V - torch.eye(3)).abs().max()) < 0.02
+
+
 def test_entries_far_apart_in_size_keep_their_digits() -> None:
     """A vector of ten million equal entries has entries of 3e-4, near the end of float16's range were they stored as they are."""
     n = 10_000_000

@@ -73,6 +73,15 @@ def test_a_new_one_at_any_wanted_end_is_found(
         torch.testing.assert_close(warm.eigenvalues, cold.eigenvalues, rtol=2 * tol, atol=0)
 
 
+def test_one_of_both_ends_is_the_upper_one() -> None:
+    """Nothing is looked for below it: what lies there is not wanted, and is not resolved for long."""
+    n = 2000
+    H = diagonal(spectrum(n, [1.02]))
+    found, upper = (hs.eigs(H, k=1, which=which, start=first(n, 1)) for which in ("BE", "LA"))
+    assert found.converged
+    assert (found.products, float(found.eigenvalues)) == (upper.products, float(upper.eigenvalues))
+
+
 def test_what_has_hardly_moved_costs_fewer_products_than_from_random() -> None:
     """In all, over several searches: where the bulk is far away a cold one needs hardly more than a new direction would."""
     n, angle = 20_000, 0.03
@@ -141,3 +150,4 @@ def test_points_are_beyond_and_between_what_was_found() -> None:
     assert points(-found, "SA", 0.0) == pytest.approx([-2.5, -3.03])
     assert points(found, "LM", 0.0) == pytest.approx([2.5, 3.03, -2.03])
     assert points(torch.tensor([3.0, -2.0]), "BE", 0.0) == pytest.approx([3.03, -2.03])
+    assert points(torch.tensor([3.0]), "BE", 0.0) == pytest.approx([3.03])

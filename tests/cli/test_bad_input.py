@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def test_a_model_folder_with_nonsense_in_it(refused: Callable[..., str], tmp_pat
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "no-such-thing"}')
     assert "causal language model" in refused("eigs", model=tmp_path / "folder")
+
+
+def test_weights_that_are_cut_off(refused: Callable[..., str], tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "Could not load" in refused("trace", model=tmp_path / "cut")
+
+
+def test_a_parquet_file_that_is_none(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "data.parquet").write_bytes(b"hello")
+    assert "data.parquet to be a Parquet file" in refused("trace", data=tmp_path / "data.parquet")
 
 
 def test_a_text_shorter_than_one_window(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -118,6 +131,28 @@ def test_an_output_folder_that_holds_a_run(
 )
 def test_options_out_of_range(own: tuple[str, ...], expected: str, refused: Callable[..., str]) -> None:
     assert expected in refused("trace", *own)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (("--form", "magic"), "stem, binned, smoothed"),
+        (("--grid", "0"), "at least 2"),
+        (("--bandwidth", "inf"), "positive"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_computed(
+    own: tuple[str, ...], expected: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("hesscope.lanczos", computed)
+    assert expected in refused("lanczos", "--steps", "2", *own)
+
+
+def test_verify_is_of_the_hessian(refused: Callable[..., str]) -> None:
+    assert "--operator hessian for verify" in refused("verify", "--operator", "ggn")
 
 
 def test_a_missing_model_or_data_option(

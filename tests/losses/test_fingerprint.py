@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 import subprocess
 import sys
@@ -177,6 +178,44 @@ def test_globals_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of(loss) != before
 
 
+PACKAGE = {
+    "__init__.py": "",
+    "core.py": "from own_package import parts\n\ndef of(x):\n    return parts.of(x)\n",
+    "parts.py": "def of(x):\n    return x.square()\n",
+}
+LOSSES = {
+    "a module's module": "import own_package.core\n\ndef loss(model, batch):\n    return own_package.core.of(model(batch)).mean()\n",
+    "an import inside": "def loss(model, batch):\n    from own_package.core import of\n    return of(model(batch)).mean()\n",
+    "a module imported inside": "def loss(model, batch):\n    import own_package.core as c\n    return c.of(model(batch)).mean()\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_code_of_the_callers_own_modules_counts(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However deep, and wherever it is imported: before it has run as well as after."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "own_package").mkdir()
+
+    def found(parts: str, run: bool = False) -> str:
+        for name, code in (PACKAGE | {"parts.py": parts}).items():
+            (tmp_path / "own_package" / name).write_text(code)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "own_package"]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        space: dict[str, Any] = {"__name__": "own_script"}
+        exec(LOSSES[how], space)
+        made = problem(space["loss"])
+        if run:
+            made.risk()
+            assert of(space["loss"]) == made.fingerprint
+        return made.fingerprint
+
+    before = found(PACKAGE["parts.py"])
+    assert found(PACKAGE["parts.py"], run=True) == before
+    assert found("def of(x):\n    return x.square() * 2.0\n") != before
+
+
 def test_a_problem_keeps_what_its_loss_was_when_it_was_made() -> None:
     calls: list[int] = []
 
@@ -274,7 +313,7 @@ def test_the_code_of_installed_packages_is_not_read() -> None:
         assert batch is not None  # which pytest rewrites, to calls of its own
         return net(batch) * float(pytest.approx(1.0).expected)
 
-    reader = fingerprint._Reader(nn.Linear(1, 1))
+    reader = fingerprint.Reader(nn.Linear(1, 1))
     reader.digest(loss)
     read = [Path(value.co_filename) for value, _ in reader._done.values() if isinstance(value, CodeType)]
     assert {path.name for path in read} == {"test_fingerprint.py"}

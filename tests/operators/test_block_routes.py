@@ -151,6 +151,72 @@ def test_a_model_that_mixes_sequences_is_noticed_through_positions() -> None:
         hs.block(hs.hessian(problem, space), route="positions")
 
 
+class SequenceFirst(nn.Module):
+    """Attention and a layer on [T, S, C], or on [S, T, C]."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.up = nn.Embedding(7, 4), nn.Linear(4, 12, bias=False), nn.Linear(4, 3)
+        self.head, self.first = nn.Linear(3, 7), first
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        x = x.transpose(0, 1) if self.first else x
+        q, k, v = (y.transpose(0, 1) if self.first else y for y in self.qkv(x).chunk(3, -1))
+        seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        mixed = (q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        z = self.head(torch.tanh(self.up(x + (mixed.transpose(0, 1) if self.first else mixed))))
+        logits: torch.Tensor = z.transpose(0, 1) if self.first else z
+        return logits
+
+
+def sequence_first(first: bool, sizes: tuple[int, ...], index: Any) -> tuple[hs.Problem, Any]:
+    g = torch.Generator().manual_seed(1)
+    problem = hs.causal_lm(
+        SequenceFirst(first).double(), [{"input_ids": torch.randint(7, (n, 4), generator=g)} for n in sizes]
+    )
+    return problem, hs.select(problem, index)
+
+
+@pytest.mark.parametrize("make", [hs.hessian, hs.ggn])
+@pytest.mark.parametrize("index", [{"qkv.weight": None}, {"qkv.weight": slice(0, 3), "up.weight": slice(0, 1)}])
+@pytest.mark.parametrize("sizes", [(1,), (1, 3), (3, 2)])
+def test_a_model_whose_first_axis_is_not_that_of_sequences(sizes: tuple[int, ...], index: Any, make: Any) -> None:
+    """Neither copies of a batch nor its sequences are along the first axis of what its layers receive."""
+    (problem, space), (usual, same) = (sequence_first(first, sizes, index) for first in (True, False))
+    H = make(problem, space)
+    dense = H @ torch.eye(space.size, dtype=torch.float64)
+    assert relative(make(usual, same) @ torch.eye(space.size, dtype=torch.float64), dense) < EXACT
+    assert relative(hs.block(H).matrix, dense) < EXACT
+    assert relative(hs.block(make(usual, same), route="positions").matrix, dense) < EXACT
+    assert relative(hs.diagonal(H, method="exact").flat(), dense.diagonal()) < EXACT
+    with pytest.raises(hs.HesscopeError, match="mixes sequences of a batch; pass route='weights'"):
+        hs.block(H, route="positions")
+
+
+@pytest.mark.parametrize("route", ["weights", "auto"])
+def test_copies_of_a_batch_do_not_mix_in_a_model_that_mixes(route: str) -> None:
+    torch.manual_seed(0)
+    problem = hs.causal_lm(MixesSequences().double(), [{"input_ids": torch.randint(7, (3, 2))}])
+    H = hs.hessian(problem, hs.select(problem, "first.weight"))
+    dense = H @ torch.eye(H.space.size, dtype=torch.float64)
+    assert relative(hs.block(H, route=route).matrix, dense) < EXACT
+    assert relative(hs.diagonal(H, method="exact").flat(), dense.diagonal()) < EXACT
+
+
+def test_draws_and_eigenvalues_per_sequence_of_such_a_model() -> None:
+    (problem, space), (usual, same) = (sequence_first(first, (3, 1), {"qkv.weight": None}) for first in (True, False))
+    G = hs.ggn(problem, space)
+    exact = (G @ torch.eye(space.size, dtype=torch.float64)).diagonal()
+    found = hs.diagonal(G, method="sampled", budget=2000)
+    error = torch.cat([x.flatten() for x in found.standard_error.values()])
+    assert float(((found.flat() - exact) / error).abs().max()) < 4.5
+    with pytest.raises(hs.HesscopeError, match="sequences of a batch apart"):
+        hs.kfac(problem, space, corrected=True, per="sequence")
+    hs.kfac(usual, same, corrected=True, per="sequence")
+
+
 def test_an_unused_parameter_has_zero_rows_and_a_warning() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -229,3 +230,37 @@ def test_a_description_names_everything() -> None:
     assert (described["batches"], described["terms"]) == (2, 5)
     assert described["attention"] == "the model's own"
     assert len(described["fingerprint"]) == len(described["data_fingerprint"]) == 64
+
+
+def test_arrays_and_numbers_in_batches_are_copied_and_told_apart() -> None:
+    def of(*extra: Any) -> hs.Problem:
+        return hs.Problem(network(), QuarticLossOfPairs(), [(points(2)[0], list(extra))])
+
+    long = np.zeros(5000)
+    one, other = of(long), of(np.where(np.arange(5000) == 2500, 1.0, 0.0))
+    assert one.data_fingerprint == of(np.zeros(5000)).data_fingerprint != other.data_fingerprint
+    assert one.data_fingerprint != of(np.zeros(5000, dtype=np.float32)).data_fingerprint
+    assert of(1, 23).data_fingerprint != of(12, 3).data_fingerprint
+    long += 1.0
+    assert one.batches[0][1][0].sum() == 0
+
+
+class QuarticLossOfPairs(QuarticLoss):
+    """Of points that come with something else."""
+
+    def total(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        return super().total(model, batch[0])
+
+
+def test_a_count_that_is_a_tensor_is_its_number() -> None:
+    class Weighted(QuarticLoss):
+        def total(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Any]:
+            weights = batch[:, 0].abs()
+            return (weights[:, None] * model(batch).pow(4)).sum(), weights.sum()
+
+    problem = hs.Problem(network(), Weighted(), points(2, 5))
+    assert pytest.approx(float(torch.cat(points(2, 5))[:, 0].abs().sum())) == problem.N
+    assert isinstance(problem.N, float)
+    found = hs.trace(hs.hessian(problem))
+    assert found.estimate == pytest.approx(float(matrix(problem).trace()))
+    assert isinstance(problem.describe()["terms"], float)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,7 +105,11 @@ MASK[0, 2] = MASK[2, 1] = True
         (torch.tensor([7, 2, 4]), [7, 2, 4], (3,)),
         (torch.tensor([[7, 2], [4, 0]]), [7, 2, 4, 0], (2, 2)),
         (torch.tensor([3, 1], dtype=torch.int16), [3, 1], (2,)),
+        (np.array([7, 2, 4])[::-1], [4, 2, 7], (3,)),
+        (range(7, 3, -2), [7, 5], (2,)),
         (MASK, [2, 7], (2,)),
+        (MASK.numpy(), [2, 7], (2,)),
+        (MASK.tolist(), [2, 7], (2,)),
         (None, list(range(9)), (3, 3)),
     ],
 )

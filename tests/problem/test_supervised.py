@@ -64,6 +64,20 @@ def test_cross_entropy_with_class_probabilities() -> None:
     assert relative(matrix(problem), cross_entropy_hessian(X, model(X).detach())) < 1e-12
 
 
+def test_class_probabilities_in_half_precision_are_raised_before_they_are_summed() -> None:
+    """Ten of them, each rounded to bfloat16, whose sum bfloat16 would round again."""
+    x, model = inputs(40)[0], linear(10)
+    q = (3.0 * torch.randn(40, 10, generator=torch.Generator().manual_seed(1))).softmax(-1).bfloat16()
+    problem = hs.supervised(model, [(x, q)])
+    G, H = (made(problem) @ torch.eye(40, dtype=torch.float64) for made in (hs.ggn, hs.hessian))
+    assert relative(G, H) < 1e-6
+    E = hs.empirical_fisher(problem) @ torch.eye(40, dtype=torch.float64)
+    wide = q.double()
+    rows = wide.sum(-1, keepdim=True) * model(x).detach().softmax(-1) - wide
+    gradients = torch.einsum("ij,ik->ijk", rows, x).flatten(1)
+    assert relative(E, gradients.T @ gradients / 40) < 1e-6
+
+
 HALF: dict[str, tuple[str, torch.dtype, Tensor]] = {
     "classes, sum beyond float16": ("cross_entropy", torch.float16, torch.zeros(4000).long()),
     "classes": ("cross_entropy", torch.bfloat16, torch.zeros(4000).long()),

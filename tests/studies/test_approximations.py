@@ -158,7 +158,7 @@ OTHERS: dict[str, Callable[[hs.Problem], tuple[hs.Operator, hs.Operator]]] = {
     "seed 5": lambda of: (hs.fisher(of), hs.fisher(of, seed=5)),
     "per sequence": lambda of: (hs.fisher(of), hs.fisher(of, per="sequence")),
     "samples 2": lambda of: (hs.kfac(of), hs.kfac(of, samples=2)),
-    "factor 2.0000e+00": lambda of: (hs.hessian(of), 2.0 * hs.hessian(of)),
+    "factor 2.0": lambda of: (hs.hessian(of), 2.0 * hs.hessian(of)),
     "rank-one": lambda of: (hs.hessian(of), hs.hessian(of).updated(torch.ones(24))),
     "precision bfloat16": lambda of: (hs.hessian(of), hs.hessian(of, precision="bfloat16")),
 }

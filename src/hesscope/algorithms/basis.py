@@ -78,6 +78,11 @@ class Basis:
         self._rows: Vectors = {c.name: self._allocate(rows, c.shape, c.device) for c in space.coordinates}
 
     @property
+    def rounding(self) -> float:
+        """The machine epsilon of what the vectors are rounded to; 0 where they are not."""
+        return 0.0 if self._home.dtype is None else torch.finfo(self._home.dtype).eps
+
+    @property
     def stored(self) -> Vectors:
         """The m vectors as they are kept; a view."""
         return vectors.columns(self._rows, 0, self.m)

@@ -34,7 +34,8 @@ def block(H: Operator, route: str = "auto", checkpoint: str | Path | Checkpoint 
     measured before. It takes three times n^2 numbers of memory.
 
     Args:
-        route: "auto", "weights" or "positions" (where it is possible at all).
+        route: "auto", "weights" or "positions" (where it is possible at all; refused for a model that mixes the sequences of a
+            batch, or works on them along another axis than the first).
         checkpoint: a folder to keep the state of a long run in; the same call resumes there, and removes it at the end.
 
     Raises:

@@ -76,11 +76,16 @@ class Checkpoint:
 
     def seed(self) -> int | None:
         """The seed of the run that is kept here."""
+        seed = self.known("seed")
+        return None if seed is None else int(seed)
+
+    def known(self, name: str) -> str | None:
+        """What the identity of the run that is kept here says under a name."""
         path = self.folder / STATE
         if self._restart or not path.exists():
             return None
-        seed = self._facts(path)["identity"].get("seed")
-        return None if seed is None else int(seed)
+        found: str | None = self._facts(path)["identity"].get(name)
+        return found
 
     # ---- for `drive`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def density(
         raise HesscopeError(f"Expected at least 2 probes, for the error comes from their spread, got {probes}.")
     if steps < 1:
         raise HesscopeError(f"Expected at least 1 step, got {steps}.")
-    if bandwidth is not None and not bandwidth > 0:
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
     seed = run_seed(seed, checkpoint, H.comm)
     home = Home.of(basis_device, basis_folder) if basis else None

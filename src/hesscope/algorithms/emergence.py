@@ -51,10 +51,16 @@ def points(found: Tensor, which: str, tol: float) -> list[float]:
     """Where an eigenvalue would be wanted: beyond the values found at either wanted end, and half-way between them."""
     scale = float(found.abs().max()) or 1.0
     margin = (_BEYOND + 2 * tol) * scale
-    return [sign * t for sign in _signs(which) for t in _outward(sign * found, _least(found, sign, which), margin)]
+    return [
+        sign * t
+        for sign in _signs(which, len(found))
+        for t in _outward(sign * found, _least(found, sign, which), margin)
+    ]
 
 
-def _signs(which: str) -> tuple[float, ...]:
+def _signs(which: str, k: int) -> tuple[float, ...]:
+    if which == "BE" and k == 1:
+        which = "LA"
     return {"LA": (1.0,), "SA": (-1.0,)}.get(which, (1.0, -1.0))
 
 
@@ -63,7 +69,7 @@ def _least(found: Tensor, sign: float, which: str) -> float:
     if which == "LM":
         return float(found.abs().min())
     upper = len(found) - len(found) // 2
-    if which == "BE" and len(found) > 1:
+    if which == "BE":
         found = found[:upper] if sign > 0 else found[upper:]
     return float((sign * found).min())
 

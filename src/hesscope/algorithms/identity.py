@@ -28,6 +28,7 @@ _VOLATILE = frozenset(
 #: What a problem's description says of it beyond where it came from.
 _PROBLEM = {
     "model": "model",
+    "architecture": "architecture",
     "weights_fingerprint": "weights",
     "data_fingerprint": "data",
     "loss_fingerprint": "loss",
@@ -38,6 +39,8 @@ _PROBLEM = {
 }
 #: What an operator's description says of how its products are made, which leaves its matrix the same but for rounding.
 _HOW = frozenset({"engine", "engine_asked", "microbatch"})
+#: Numbers in descriptions that were computed, and may come out otherwise in the last digits.
+_COMPUTED = frozenset({"norm"})
 _PACKAGES = ("hesscope", "torch", "transformers")
 
 
@@ -128,21 +131,21 @@ def _sample(H: Operator) -> dict[str, str]:
 
 
 def _words(value: Any) -> str:
-    """A value in words; a number that was computed, such as a norm, to five digits.
+    """A value in words; a number that was computed, such as a norm, to five digits, and one that was given to all of them.
 
     An engine that nobody asked for by name is "auto": memory and layout decide which it is, and may decide otherwise later.
     """
     if isinstance(value, dict):
         if "engine_asked" in value:
             value = {**value, "engine": value["engine_asked"]}
-        return ", ".join(f"{k} {_words(_rounded(v))}" for k, v in value.items() if k not in _VOLATILE)
+        return ", ".join(f"{k} {_words(_rounded(k, v))}" for k, v in value.items() if k not in _VOLATILE)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_words, value)) + "]"
     return str(value)
 
 
-def _rounded(value: Any) -> Any:
-    return f"{value:.4e}" if isinstance(value, float) else value
+def _rounded(key: str, value: Any) -> Any:
+    return f"{value:.4e}" if key in _COMPUTED and isinstance(value, float) else value
 
 
 def _short(text: str | None) -> str:

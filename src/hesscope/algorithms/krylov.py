@@ -100,7 +100,7 @@ class Krylov:
         self._made += 1
         self._note_coefficients(h[:, 0])
         beta = float(self._H.space.norms(w))
-        if beta > self._negligible():
+        if beta > self._negligible(float(h.norm())):
             self.betas.append(beta)
             vectors.scale_(w, 1.0 / beta)
             self._next = w
@@ -186,7 +186,7 @@ class Krylov:
         self._K = K
         self._lost = torch.cat([self._lost, torch.zeros(1, dtype=torch.float64)])
 
-    def _negligible(self) -> float:
+    def _negligible(self, inside: float) -> float:
         """Below this, beta is rounding and not a direction: of the basis (by |A|), or of the last product (by |A q_m|).
 
         The vectors' rounding, not the parameters': behind an outlier beta is soon a few percent of it, which for
@@ -195,7 +195,9 @@ class Krylov:
         eps = torch.finfo(self._H.dtype).eps
         scale = max(*map(abs, self.alphas), *self.betas, 0.0)
         before = float(self._arrow.norm()) if self.m - 1 == len(self._arrow) else self.betas[-1]
-        return max(10 * eps * scale, 100 * eps * math.hypot(self.alphas[-1], before))
+        # Two passes against a rounded basis leave its rounding squared of what lies inside it.
+        left = 10 * self._Q.rounding**2 * inside
+        return max(10 * eps * scale, 100 * eps * math.hypot(self.alphas[-1], before), left)
 
     def _unit(self, w: Vectors) -> Vectors:
         return self._H.space.combine(w, 1.0 / self._H.space.norms(w)[:, None])

@@ -7,6 +7,7 @@ V holding the pairs found before (Mises and Pollaczek-Geiringer, 1929; momentum:
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def power(
     draws r = 1..R, independent of v, are averaged: an unbiased Rayleigh quotient, with the standard error of the mean. The
     residual is that of the averaged product, its noise included.
     """
-    if momentum != "auto" and (isinstance(momentum, str) or not momentum >= 0):
+    if momentum != "auto" and (isinstance(momentum, str) or not 0 <= momentum < math.inf):
         raise HesscopeError(f"Expected momentum to be 'auto' or a number, 0 or more, got {momentum!r}.")
     most = _PRODUCTS_A_PAIR * k if max_products is None else max_products
     options = options | {"momentum": momentum, "batches": batches}

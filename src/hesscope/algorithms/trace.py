@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hesscope.algorithms.budget import check_estimation, probes_allowed
-from hesscope.algorithms.checkpoint import Checkpoint, run_seed
+from hesscope.algorithms.checkpoint import Checkpoint, opened, run_seed
 from hesscope.algorithms.diagonals import exact_entries, products_needed
 from hesscope.algorithms.driver import drive
 from hesscope.algorithms.traces import Hutchinson, HutchPlusPlus, TraceEstimator, UntilExact, XNysTrace, XTrace
@@ -69,21 +69,29 @@ def trace(
         samples = entries.values.to("cpu", torch.float64)
         return Trace(**spent, method="exact", estimate=float(samples.sum()), standard_error=0.0,
                      degrees_of_freedom=0, size=n, seed=seed, samples=samples)  # fmt: skip
-    estimator = _estimator(H, method, most, target_error, seed)
+    begun = None if checkpoint is None else H.comm.on_first(lambda: opened(checkpoint).known("algorithm"))
+    estimator = _estimator(H, method, most, target_error, seed, begun)
     spent = drive(H, estimator, options, checkpoint)
     mean, error = estimator.estimate()
     return Trace(**spent, method=estimator.method, estimate=mean, standard_error=error,
                  degrees_of_freedom=estimator.degrees_of_freedom, size=n, seed=seed, samples=estimator.samples)  # fmt: skip
 
 
-def _choice(H: Operator, budget: int) -> str:
+def _choice(H: Operator, budget: int, begun: str | None) -> str:
+    """What was begun goes on, whatever memory is free now."""
+    if begun == Hutchinson.description:
+        return "hutchinson"
+    if begun == XNysTrace.description and H.positive_semidefinite:
+        return "xnystrace"
     fits = vectors_that_fit(H.comm, H.space, H.dtype.itemsize) > 4 * min(budget, H.space.size)
     return "xnystrace" if H.positive_semidefinite and fits and budget >= 15 else "hutchinson"
 
 
-def _estimator(H: Operator, method: str, budget: int, target: float | None, seed: int) -> TraceEstimator:
+def _estimator(
+    H: Operator, method: str, budget: int, target: float | None, seed: int, begun: str | None
+) -> TraceEstimator:
     if method == "auto":
-        method = _choice(H, budget)
+        method = _choice(H, budget, begun)
         if method == "hutchinson" and target is not None:
             return UntilExact(H, budget, target, seed)
     if budget < _FEWEST.get(method, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +111,7 @@ def density(
     """The spectral density by stochastic Lanczos quadrature: probes x steps products."""
     import hesscope as hs
 
-    if shift is not None and not shift >= 0:
+    if shift is not None and not 0 <= shift < math.inf:
         raise HesscopeError(f"Expected --shift to be 0 or more, got {shift}.")
     folder = output_folder(common, "density")
     own = {"probes": probes, "steps": steps, "bandwidth": bandwidth}
@@ -148,7 +149,9 @@ def lanczos(
     --steps 30 --form smoothed
     """
     import hesscope as hs
+    from hesscope.figures.lanczos import require_picture
 
+    require_picture(form, bandwidth, grid)
     folder = output_folder(common, "lanczos")
     own: dict[str, Any] = {"steps": steps, "reorthogonalize": reorthogonalize, "keep_basis": keep_basis}
     where: dict[str, Any] = {"basis_device": basis_device, "basis_folder": basis_folder}

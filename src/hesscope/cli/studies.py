@@ -10,6 +10,7 @@ import typer
 from hesscope.cli.application import app
 from hesscope.cli.options import CommonOptions, with_common_options
 from hesscope.cli.running import finish, make_problem, make_space, output_folder
+from hesscope.errors import HesscopeError
 
 
 @app.command()
@@ -51,6 +52,10 @@ def verify(common: CommonOptions) -> None:
     """
     import hesscope as hs
 
+    if common.operator != "hessian":
+        raise HesscopeError(
+            f"Expected --operator hessian for verify, which checks that, got {common.operator!r}; leave it out."
+        )
     folder = output_folder(common, "verify")
     problem = make_problem(common)
     result = hs.verify(problem, make_space(common, problem), common.engine, common.seed)

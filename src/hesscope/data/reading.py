@@ -62,7 +62,12 @@ def _read_file(path: Path, text_column: str) -> Source:
         return Source("texts", _json_lines(path, text_column), path.name)
     if path.suffix == ".parquet":
         from datasets import Dataset
+        from pyarrow.parquet import read_schema
 
+        try:
+            read_schema(path)  # datasets would write lines of its own
+        except (OSError, ValueError) as error:
+            raise HesscopeError(f"Expected {path.name} to be a Parquet file: {str(error).splitlines()[0]}.") from error
         rows = _read_dataset(Dataset.from_parquet(str(path)), text_column, path.name)
         return Source("texts" if rows.kind == "rows" else rows.kind, rows.items, path.name)
     raise HesscopeError(f"Expected a data file ending in {', '.join(sorted(_FILES))}, got {path.name!r}.")

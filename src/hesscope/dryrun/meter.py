@@ -150,7 +150,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if parts is None:
             return
         rest = storage.nbytes() - sum(size for size, _ in parts.values())
-        place = x.storage_offset(), x.numel()
+        place = int(x.storage_offset()), x.numel()
         if rest > 0 and place not in parts:
             size = min(form_of(x).nbytes, rest)
             parts[place] = size, self._count(size, MAPPED)

@@ -111,4 +111,4 @@ def main(threshold: int, mapped: int, again: int, small: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(number) for number in sys.argv[1:4]), [int(size) for size in sys.argv[4:]])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(size) for size in sys.argv[4:]])

@@ -21,6 +21,16 @@ _GRID = 1024
 _DECADES = 8  # a logarithmic axis shows no more of a smoothed curve, whose tails fall without end
 
 
+def require_picture(form: str, bandwidth: float | None, grid: int | None) -> None:
+    """Raise HesscopeError for an unknown form, and a bandwidth or grid out of range."""
+    if form not in FORMS:
+        raise HesscopeError(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
+    if grid is not None and grid < 2:
+        raise HesscopeError(f"Expected grid to be at least 2 bins or points, got {grid}.")
+
+
 def draw_lanczos(
     run: LanczosRun,
     path: Path,
@@ -41,12 +51,7 @@ def draw_lanczos(
         HesscopeError: an unknown form, a bandwidth or grid out of range, or a path that ends in something other than .png,
             .pdf and .svg.
     """
-    if form not in FORMS:
-        raise HesscopeError(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
-    if bandwidth is not None and not bandwidth > 0:
-        raise HesscopeError(f"Expected bandwidth to be positive, got {bandwidth}.")
-    if grid is not None and grid < 2:
-        raise HesscopeError(f"Expected grid to be at least 2 bins or points, got {grid}.")
+    require_picture(form, bandwidth, grid)
     nodes, weights = array(run.nodes), array(run.weights)
     nodes, weights = nodes[weights > 0], weights[weights > 0]
     width = bandwidth or _default_bandwidth(nodes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import hashlib
+import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,10 +62,10 @@ def loss_fingerprint(loss: Any, model: nn.Module) -> str:
     if kind.__module__.startswith("hesscope.") and not vars(loss):
         return kind.__name__
     what = [f for f in vars(loss).values() if isinstance(f, FunctionType)] if isinstance(loss, ModuleType) else loss
-    return f"{kind.__name__} {_Reader(model).digest(what).hex()[:_DIGITS]}"
+    return f"{kind.__name__} {Reader(model).digest(what).hex()[:_DIGITS]}"
 
 
-class _Reader:
+class Reader:
     """Digests of values: of a header and of the values that one is made of."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -146,7 +148,7 @@ class _Reader:
         if original is not None:
             return self._of("compiled", original)
         cells = [_content(cell) for cell in f.__closure__ or ()]
-        if _is_foreign(f.__globals__.get("__name__")):
+        if is_foreign(f.__globals__.get("__name__")):
             return self._of("function", f.__module__, f.__qualname__, cells)
         values = (f.__code__, f.__defaults__, f.__kwdefaults__, cells, vars(f))
         return self._of("function", f.__qualname__, *values, *self._globals(f))
@@ -154,18 +156,20 @@ class _Reader:
     def _globals(self, f: FunctionType) -> Iterator[Any]:
         """The globals that the function reads, by name; of modules that are no library's, what it may take from them."""
         codes = list(_codes(f.__code__))
-        read = {
-            i.argval for code in codes for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-        }
+        steps = [(i.opname, i.argval) for code in codes for i in dis.get_instructions(code)]
+        read = {name for step, name in steps if step in ("LOAD_GLOBAL", "LOAD_NAME")}
         mentioned = {name for code in codes for name in code.co_names}
         for name in sorted(read & f.__globals__.keys()):
             value = f.__globals__[name]
             yield name, value
-            if isinstance(value, ModuleType) and not _is_foreign(value.__name__):
-                yield [(name, vars(value)[name]) for name in sorted(mentioned & vars(value).keys())]
+            if isinstance(value, ModuleType):
+                yield _taken(value, mentioned)
+        for name in sorted({name for step, name in steps if step == "IMPORT_NAME" and name}):
+            if (module := _imported(name, f.__globals__.get("__package__"))) is not None:
+                yield _taken(module, mentioned)
 
     def _class(self, kind: type) -> bytes:
-        if _is_foreign(kind.__module__):
+        if is_foreign(kind.__module__):
             return _hash("class", _name(kind))
         own = {
             name: value
@@ -184,7 +188,7 @@ class _Reader:
             parts.append([item for pair in value.items() for item in pair])
         elif isinstance(value, (list, tuple)):
             parts.extend(value)
-        elif not isinstance(value, nn.Module) and _is_foreign(type(value).__module__):
+        elif not isinstance(value, nn.Module) and is_foreign(type(value).__module__):
             return self._of("object", *parts, _reduced(value), getattr(value, "__wrapped__", None))
         state = dict(_attributes(value))
         if isinstance(value, nn.Module):
@@ -206,11 +210,11 @@ def _hash(header: str, *parts: Any) -> bytes:
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}" if _is_foreign(kind.__module__) else kind.__qualname__
+    return f"{kind.__module__}.{kind.__qualname__}" if is_foreign(kind.__module__) else kind.__qualname__
 
 
 @functools.cache
-def _is_foreign(module: str | None) -> bool:
+def is_foreign(module: str | None) -> bool:
     """Whether a module belongs to Python or to an installed package, whose code is not read."""
     top = (module or "").partition(".")[0]
     found = sys.modules.get(top)
@@ -234,6 +238,30 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for value in code.co_consts:
         if isinstance(value, CodeType):
             yield from _codes(value)
+
+
+def _taken(module: ModuleType, mentioned: set[str]) -> list[Any]:
+    """What code that mentions these names may take from a module and from those inside it; nothing of a library's."""
+    if is_foreign(module.__name__):
+        return []
+    found = [(name, vars(module)[name]) for name in sorted(mentioned & vars(module).keys())]
+    inside = f"{module.__name__}."
+    return [
+        *found,
+        *(_taken(x, mentioned) for _, x in found if isinstance(x, ModuleType) and x.__name__.startswith(inside)),
+    ]
+
+
+def _imported(name: str, package: str | None) -> ModuleType | None:
+    """The caller's own module that an import inside a function names, imported as the function would; None for a library's."""
+    if name.partition(".")[0] in _LIBRARIES | sys.stdlib_module_names:
+        return None
+    for full in (name, f"{package}.{name}") if package else (name,):
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(full)
+            if spec is not None:
+                return None if str(spec.origin).startswith(_INSTALLED) else importlib.import_module(full)
+    return None
 
 
 def _attributes(value: Any) -> Iterable[tuple[str, Any]]:

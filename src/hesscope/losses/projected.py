@@ -104,6 +104,8 @@ class Head:
 
     def product(self, u_KTd: Tensor) -> Tensor:
         """C_t u_t for every row, K times."""
+        if len(u_KTd) == 0:
+            return torch.zeros_like(u_KTd)
         copies_KTd = u_KTd.view(-1, *self.gradient_Td.shape)
         if self._C_Tdd is not None:
             return (self._C_Tdd @ copies_KTd.permute(1, 2, 0)).permute(2, 0, 1).reshape(u_KTd.shape)

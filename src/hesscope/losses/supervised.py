@@ -58,7 +58,8 @@ class CrossEntropyLoss(_Supervised):
         z, targets = raised(outputs), batch[1]
         if targets.is_floating_point():
             axis = _class_axis(z)
-            return targets.sum(axis, keepdim=True) * z.softmax(axis) - targets
+            q = raised(targets)
+            return q.sum(axis, keepdim=True) * z.softmax(axis) - q
         return _as_outputs(cross_entropy_residual(_rows(z), targets.reshape(-1)), z)
 
     def output_hessian_product(
@@ -70,7 +71,7 @@ class CrossEntropyLoss(_Supervised):
             axis = _class_axis(z)
             everywhere = torch.zeros(z.numel() // z.shape[axis], dtype=torch.int64, device=z.device)
             product = cross_entropy_hessian_product(_rows(z), everywhere, _rows(raised(u)), kernel)
-            return _as_outputs(product, z) * targets.sum(axis, keepdim=True)
+            return _as_outputs(product, z) * raised(targets).sum(axis, keepdim=True)
         product = cross_entropy_hessian_product(_rows(z), targets.reshape(-1), _rows(raised(u)), kernel)
         return _as_outputs(product, z)
 

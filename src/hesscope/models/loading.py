@@ -54,6 +54,7 @@ def load_model(
     Raises HesscopeError where the name is neither a model folder nor a Hub id that can be reached, and for weights on disk
     without a folder.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     family, words = (
@@ -67,7 +68,7 @@ def load_model(
         with _bars_on_terminals_only():
             config = AutoConfig.from_pretrained(name, **hub)
             model = family.from_pretrained(name, config=config, dtype=dtype or torch.float32, **spread, **hub)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise HesscopeError(f"Could not load {str(name)!r} as {words}: {_first_line(error)}") from error
     if spread:
         return model.eval()  # type: ignore[no-any-return]

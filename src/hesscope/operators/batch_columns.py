@@ -24,7 +24,7 @@ from hesscope.engines.output_block_graph import OutputBlockGraph
 from hesscope.errors import HesscopeError
 from hesscope.losses import CausalLMLoss, Loss, ProjectedCausalLMLoss, output_weight
 from hesscope.models import named_parameters
-from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, watch_every_use
+from hesscope.operators.batch_plan import BatchPlan, Task, boxes_of, plan_batch, sequences_are_apart, watch_every_use
 from hesscope.operators.graphs import half_of_free, merged, warn_of_unused
 from hesscope.operators.matrix_run import MatrixRun, add_rows
 from hesscope.operators.task_lists import Span, divided, nth, without_first
@@ -54,6 +54,12 @@ class BatchColumns(MatrixRun):
         self.graph_bytes, self.planned_bytes = 0, 0
         self._uses, self._route = watch_every_use(problem, space), route
         self._boxes = boxes_of(problem, space, self._uses)
+        self._apart = sequences_are_apart(problem, space, self._boxes)
+        if route == "positions" and not self._apart:
+            raise HesscopeError(
+                "Expected a model that keeps the sequences of a batch apart, along the first axis of what its layers receive, for "
+                "route='positions'; it turns axes round or mixes sequences of a batch; pass route='weights'."
+            )
         self._forward_flops = problem.comm.on_first(self._count_flops)
         self._share = [count / problem.N for count in problem.counts]
         self._free = half_of_free(problem)
@@ -79,7 +85,7 @@ class BatchColumns(MatrixRun):
     def _planned(self, most_copies: Callable[[int], Callable[[int], int]]) -> list[BatchPlan]:
         """A plan of every batch b, with `most_copies(b)(wanted)` of it at once."""
         return [
-            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, most_copies(b))
+            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, self._apart, most_copies(b))
             for b in range(len(self._problem.batches))
         ]
 
@@ -87,6 +93,9 @@ class BatchColumns(MatrixRun):
         """Plan every batch, with at most so many copies of it at once."""
         self._plans = self._planned(lambda b: partial(min, copies[b]))
         self._ends = list(accumulate(plan.tasks for plan in self._plans))
+        #: The batch that is looked at for whether positions are of one sequence each; one of a single sequence shows nothing.
+        through = [b for b, plan in enumerate(self._plans) if plan.through_positions]
+        self._looked_at = next((b for b in through if self._plans[b].sequences > 1), through[0] if through else None)
         self.graphs = len(self._plans)
         self.products = sum(share * plan.products for share, plan in zip(self._share, self._plans, strict=True))
 
@@ -99,8 +108,10 @@ class BatchColumns(MatrixRun):
 
     def _whole(self) -> Span:
         """The tasks of the unit through positions that is held against one through weights: one rank's."""
-        plan, start = self._plans[0], 0
-        for part in plan.parts:
+        if self._looked_at is None:
+            return 0, 0
+        start = self._ends[self._looked_at - 1] if self._looked_at else 0
+        for part in self._plans[self._looked_at].parts:
             if part.by_position:
                 return start, start + part.tasks // part.units
             start += part.tasks
@@ -166,7 +177,7 @@ class BatchColumns(MatrixRun):
         plan, graph = self._plans[b], self._graph(b)
         work, share = plan.task(task - (self._ends[b - 1] if b else 0)), self._share[b]
         counter = FlopCounterMode(display=False) if work.name not in self.pass_units else None
-        is_checked = b == 0 and work.unit == 0 and work.name == next(iter(plan.through_positions))
+        is_checked = b == self._looked_at and work.unit == 0 and work.name == next(iter(plan.through_positions))
         with counter or torch.no_grad():
             if into.dim() == 1 and work.unit is not None and not is_checked:
                 self._add_own(plan, graph, work, into, weight / self._problem.N)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from hesscope.engines.linear_uses import Box, Use, WatchUses
+from hesscope.engines.base import parameter_values
+from hesscope.engines.linear_uses import Box, Use, WatchUses, as_linear
 from hesscope.losses import CausalLMLoss
+from hesscope.losses.cross_entropy import IGNORED
 from hesscope.models import device_of, named_parameters, values_of
 from hesscope.problem import Problem
 from hesscope.space import Coordinates, Space
 
 #: So many tokens keep a device busy in one pass; smaller batches are repeated.
 _BUSY_TOKENS = {"cpu": 256, "cuda": 8192}
+#: What layers receive of one sequence may differ by so much, of its norm, with another beside it; by some roundings at least.
+_LEAK = 1e-4
 #: Passes of one task through positions, whose responses are read out together.
 _PASSES = 8
 
@@ -153,6 +158,80 @@ def taken_apart(
     return found
 
 
+def sequences_are_apart(problem: Problem, space: Space, boxes: Mapping[str, Box]) -> bool:
+    """Whether layers receive sequences along the first axis of their input, and each is what it is whatever else is in its batch.
+
+    They need not be: a model may turn its axes round, or look at a whole batch. Told by two forward passes of the same shapes:
+    one sequence twice, and that beside one of other tokens. Layers receive the same of it, and so is its loss.
+    """
+    at = next((at for b in range(len(problem.batches)) if (at := _counted(problem, b)) is not None), None)
+    if at is None or not boxes:
+        return True
+    leaks = torch.zeros(1, dtype=torch.float64)
+    with problem.comm.summed({"leaks": leaks}):
+        if at[0] in problem.mine:
+            leaks += not _are_apart(problem, *at, space, boxes)
+    return float(leaks) == 0.0
+
+
+def _counted(problem: Problem, b: int) -> tuple[int, int] | None:
+    """The batch, and its first sequence that has a loss; None for a batch that is not one of sequences."""
+    if not sequences_and_length(problem, b):
+        return None
+    rows = (problem.batches[b]["labels"][:, 1:] != IGNORED).any(1).nonzero()
+    return (b, int(rows[0, 0])) if len(rows) else None
+
+
+def _are_apart(problem: Problem, b: int, s: int, space: Space, boxes: Mapping[str, Box]) -> bool:
+    batch: Any = problem.batches[b]
+    twice = {key: torch.cat([x[s : s + 1], x[s : s + 1]]) for key, x in batch.items()}
+    beside = {key: x.clone() for key, x in twice.items()}
+    beside["input_ids"][1] = beside["input_ids"][1] == 0  # another token everywhere
+    for one in (twice, beside):
+        one["labels"][1] = IGNORED
+    both = problem.related(batches=[twice, beside])
+    (alone, before), (together, after) = (_first_received(both, i, space, boxes) for i in range(2))
+    limit = min(max(_LEAK, 20 * space.rounding), 0.2)
+    pairs = [pair for name in boxes for pair in zip(before[name], after[name], strict=False)]
+    return abs(alone - together) <= limit * abs(alone) and all(
+        x.shape == y.shape and float((x - y).norm()) <= limit * float(x.norm()) for x, y in pairs
+    )
+
+
+def _first_received(
+    problem: Problem, b: int, space: Space, boxes: Mapping[str, Box]
+) -> tuple[float, dict[str, list[Tensor]]]:
+    """The loss of a batch of two, and what layers receive of the first of them."""
+    values = parameter_values(problem, space)
+    size = problem.batches[b]["input_ids"].numel()
+    expected = {id(values[name]): (name, size * box.in_features) for name, box in boxes.items()}
+    with torch.no_grad(), _FirstOf(2, expected) as seen:
+        total, _ = problem.total(b, values)
+    return float(total), seen.found
+
+
+class _FirstOf(TorchFunctionMode):
+    """Keeps the first of so many parts of what linear layers of some weights receive: all positions, or several of each.
+
+    What is a list of positions of another length, such as those of an expert, has no order to look at.
+    """
+
+    def __init__(self, parts: int, expected: dict[int, tuple[str, int]]) -> None:
+        super().__init__()
+        self._parts, self._expected = parts, expected
+        self.found: dict[str, list[Tensor]] = {name: [] for name, _ in expected.values()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        linear = as_linear(func, args, kwargs)
+        name, size = self._expected.get(id(linear[1]), ("", 0)) if linear is not None else ("", 0)
+        if linear is not None and name and (linear[0].numel() == size or linear[0].dim() > 2):
+            x = linear[0].detach()
+            self.found[name].append(
+                x.reshape(self._parts, -1)[0].double() if x.numel() % self._parts == 0 else x.double()
+            )
+        return func(*args, **(kwargs or {}))
+
+
 def plan_batch(
     problem: Problem,
     b: int,
@@ -160,13 +239,15 @@ def plan_batch(
     boxes: dict[str, Box],
     uses: dict[str, list[Use] | None],
     route: str,
+    apart: bool,
     most_copies: Callable[[int], int],
 ) -> BatchPlan:
     """Count the products of either route and take the fewer; `most_copies(wanted)` says how many fit in memory.
 
-    Through positions: only where every selected parameter has a box and is used once, and where sequences are apart.
+    Through positions, and with copies of the batch: only where every selected parameter has a box, and where sequences are
+    apart; through positions only where each is used once, too.
     """
-    tokens = sequences_and_length(problem, b)
+    tokens = sequences_and_length(problem, b) if apart else None
     every = len(boxes) == len(space.coordinates)
     once = every and all(len(uses[name] or ()) <= 1 for name in boxes)
     short = [

@@ -69,7 +69,14 @@ class Sum(Operator):
         return next((part.comm for part in _parts(self).values() if part.comm is not ALONE), ALONE)
 
     def describe(self) -> dict[str, Any]:
-        return {"operator": "sum", "terms": [self._first.describe(), self._second.describe()]}
+        found = {"operator": "sum", "terms": [self._first.describe(), self._second.describe()]}
+        return found | self._problems()
+
+    def _problems(self) -> dict[str, list[str]]:
+        """The fingerprints of both terms' problems, where these are two: `origin` has the first alone."""
+        origins = [origin for term in (self._first, self._second) if (origin := term.origin()) is not None]
+        problems = [str(origin.get("fingerprint")) for origin in origins]
+        return {"problems": problems} if len(set(problems)) > 1 else {}
 
     def origin(self) -> dict[str, Any] | None:
         return self._first.origin() or self._second.origin()

@@ -19,6 +19,7 @@ from hesscope.operators.batch_plan import (
     boxes_of,
     receives_every_position,
     sequences_and_length,
+    sequences_are_apart,
     watch_every_use,
 )
 from hesscope.operators.fisher import SampledBatches
@@ -100,7 +101,7 @@ def kfac(
     parts = problem if microbatch is None else microbatched(problem, microbatch)
     uses = watch_every_use(parts, space)
     boxes = _linear_boxes(parts, space, uses)
-    sequences = _sequences(parts, boxes, uses) if per == "sequence" else None
+    sequences = _sequences(parts, space, boxes, uses) if per == "sequence" else None
     _require_memory(problem.comm, space, boxes, corrected)
     labelled: Labelled = (
         SampledBatches(parts, problem.loss, samples, seed)
@@ -222,7 +223,7 @@ def _instead(c: Coordinates, uses: _Uses) -> str:
     return "is used by layers that read it both ways round"
 
 
-def _sequences(problem: Problem, boxes: dict[str, Box], uses: _Uses) -> list[int]:
+def _sequences(problem: Problem, space: Space, boxes: dict[str, Box], uses: _Uses) -> list[int]:
     """How many sequences each batch has; raises HesscopeError where a layer's positions do not tell them apart."""
     found = []
     for b, used in enumerate(uses):
@@ -236,6 +237,11 @@ def _sequences(problem: Problem, boxes: dict[str, Box], uses: _Uses) -> list[int
                 )
         assert tokens is not None
         found.append(tokens[0])
+    if not sequences_are_apart(problem, space, boxes):
+        raise HesscopeError(
+            "Expected a language model that keeps the sequences of a batch apart, along the first axis of what its layers "
+            "receive, for per='sequence'; make batches of one sequence, or use per='token'."
+        )
     return found
 
 

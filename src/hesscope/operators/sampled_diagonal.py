@@ -14,7 +14,7 @@ from __future__ import annotations
 from hesscope.engines.squared_gradients import SquaredGradients
 from hesscope.losses import CrossEntropyLoss, SamplingLoss, residual
 from hesscope.models import state_key
-from hesscope.operators.batch_plan import taken_apart
+from hesscope.operators.batch_plan import sequences_are_apart, taken_apart
 from hesscope.operators.graphs import GraphMemory
 from hesscope.problem import Problem
 from hesscope.space import Space, Vectors
@@ -29,7 +29,10 @@ class SampledDiagonal:
     def __init__(self, problem: Problem, space: Space, memory: GraphMemory) -> None:
         self._problem, self._space, self._memory = problem, space, memory
         self.units = 0.0
-        self._apart = taken_apart(problem, space)
+        plans = taken_apart(problem, space)
+        boxes = {name: box for fits, S in plans if S > 1 for name, box in fits.items()}
+        apart = sequences_are_apart(problem, space, boxes)
+        self._apart = plans if apart else [(fits, 1) for fits, _ in plans]
         self._kept: SquaredGradients | None = None
         self._state: object = None
 

@@ -77,6 +77,7 @@ def divided(problem: Problem, comm: Communicator, options: Mapping[str, str] | N
         store = sharded(problem.model)
         comm.join(None if store is None else store.exchange)
     own = {
+        "architecture": problem.architecture,
         "weights": problem.describe()["weights_fingerprint"],
         "data": problem.data_fingerprint,
         "settings": f"{problem.loss_fingerprint}, {problem.objective}, {problem.dropout}, {problem.seed}",

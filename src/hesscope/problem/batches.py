@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
@@ -24,6 +25,8 @@ def freeze(batches: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _copy(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return x.copy()
     return x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x
 
 
@@ -36,8 +39,13 @@ def content_hash(batches: tuple[Any, ...]) -> str:
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 update_with_tensor(digest, leaf)
+            elif (
+                isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject
+            ):  # whose text leaves out what is in the middle
+                digest.update(f"{leaf.dtype.str} {leaf.shape} ".encode() + leaf.tobytes())
             else:
-                digest.update(repr(leaf).encode())
+                text = repr(leaf).encode()
+                digest.update(f"{len(text)} ".encode() + text)  # with its length: 1, 23 is not 12, 3
     return digest.hexdigest()
 
 

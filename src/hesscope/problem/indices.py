@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from hesscope.models import Place
 from hesscope.problem.numbers import Numbers, numbers
 from hesscope.space import Coordinates, units
 
-Index = int | slice | tuple[Any, ...] | list[int] | Tensor
+Index = int | slice | tuple[Any, ...] | list[int] | range | np.ndarray[Any, Any] | Tensor
 
 
 def parse_index(text: str) -> tuple[int | slice, ...]:
@@ -83,8 +84,10 @@ def cut(name: str, shape: tuple[int, ...], unit_axis: int, rows: Numbers | None,
 def _flat_indices(name: str, shape: tuple[int, ...], index: Index) -> Tensor:
     """Flat positions, shaped as the selected part."""
     size = math.prod(shape)
-    if isinstance(index, (list, Tensor)) and not (isinstance(index, Tensor) and index.dtype == torch.bool):
-        flat = torch.as_tensor(index).cpu()
+    if isinstance(index, (list, range, np.ndarray)):
+        index = torch.as_tensor(np.ascontiguousarray(index) if isinstance(index, np.ndarray) else list(index))
+    if isinstance(index, Tensor) and index.dtype != torch.bool:
+        flat = index.cpu()
         if flat.numel() and (flat.is_floating_point() or flat.is_complex()):
             raise HesscopeError(f"Expected whole numbers as indices into {name}, got {flat.dtype}.")
         flat = flat.to(torch.int64)

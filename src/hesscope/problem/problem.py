@@ -34,6 +34,7 @@ from hesscope.models import (
 )
 from hesscope.models.attention.choice import Choice, choose
 from hesscope.models.dropout import require_no_dropout
+from hesscope.problem.architecture import architecture
 from hesscope.problem.batches import a_few_tokens, content_hash, freeze, longest, sequences_in
 from hesscope.resting import require_place
 
@@ -91,6 +92,8 @@ class Problem:
         self.loss: Loss = loss.loss if isinstance(loss, KnownLoss) else as_loss(loss, count)
         #: What the loss is, as it was when the problem was made: a loss that counts its calls stays the same.
         self.loss_fingerprint = loss.fingerprint if isinstance(loss, KnownLoss) else loss_fingerprint(self.loss, model)
+        #: What the model is beside its weights, as it was then.
+        self.architecture = architecture(model)
         self.batches = freeze(batches)
         require_place("borders", borders)
         require_place("vectors", vectors)
@@ -124,6 +127,7 @@ class Problem:
         else:
             with torch.no_grad():
                 counts = tuple(self.total(b)[1] for b in range(len(self.batches)))
+        counts = tuple(count.item() if isinstance(count, Tensor) else count for count in counts)
         if sum(counts) == 0:
             raise HesscopeError(
                 "Expected at least one loss term, found none: every label is ignored or the sequences have one token."
@@ -313,7 +317,7 @@ class Problem:
         if batches is None:
             other.places = self.places
         if model is None:
-            other._hashed = self._hashed
+            other._hashed, other.architecture = self._hashed, self.architecture
         return other
 
     def _require_same_loss(self, split: Problem) -> None:
@@ -337,11 +341,18 @@ class Problem:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the numbers: weights, batches, loss, objective, dropout.
+        """SHA-256 of everything that decides the numbers: architecture, weights, batches, loss, objective, dropout.
 
-        A loss of one's own is told by its code and all values that it holds when the problem is made: `loss_fingerprint`.
+        A loss of one's own is told by its code and all values that it holds when the problem is made: `loss_fingerprint`; a
+        model by its modules, their code and settings: `architecture`.
         """
-        parts = [self._model_fingerprint(), self.data_fingerprint, self.loss_fingerprint, self.objective]
+        parts = [
+            self.architecture,
+            self._model_fingerprint(),
+            self.data_fingerprint,
+            self.loss_fingerprint,
+            self.objective,
+        ]
         parts += [self.dropout, str(self.seed) if self.dropout == "frozen" else ""]
         if self.dropout == "frozen" and self.places != tuple(range(len(self.batches))):
             parts.append(str(self.places))
@@ -361,6 +372,7 @@ class Problem:
             "data_fingerprint": self.data_fingerprint,
             "weights_fingerprint": self._model_fingerprint(),
             "model": class_name(self.model),
+            "architecture": self.architecture,
             "loss": type(self.loss).__name__,
             "loss_fingerprint": self.loss_fingerprint,
             "objective": self.objective,

@@ -37,8 +37,8 @@ def select(
         patterns: a glob over parameter names (`*` also crosses dots); `"!glob"` takes away; `"re:<regex>"` must match a
             whole name; `"name[3]"`, `"name[0:4, :8]"` is a part, as `W[...]`, of the
             parameter, or of every parameter that the glob before the bracket matches; a function
-            `(name, parameter) -> bool`; `{name: index}`, where a list or tensor of integers is flat row-major indices,
-            an int, slice or tuple is `W[index]`, and None the whole parameter.
+            `(name, parameter) -> bool`; `{name: index}`, where a list, range, array or tensor of integers is flat row-major
+            indices, one of booleans a mask, an int, slice or tuple is `W[index]`, and None the whole parameter.
         layers: names inside a block without `.weight`, as a list or separated by commas: `"self_attn.q_proj"`, its end
             after a dot (`"q_proj"`), a glob (`"mlp.*"`), or `"all"` weights with at least two axes, the default where
             blocks are given. What no block has is looked for outside the blocks (`"lm_head"`), and what no matrix is

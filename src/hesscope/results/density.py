@@ -59,7 +59,7 @@ class Density(Result):
             HesscopeError: without a shift, where nodes reach zero.
         """
         t, used = self.nodes.abs(), self.weights > 0
-        if shift < 0 or float(t[used].min()) + shift <= 1e-12 * float(t[used].max()):
+        if not 0 <= shift < math.inf or float(t[used].min()) + shift <= 1e-12 * float(t[used].max()):
             raise HesscopeError(
                 f"Expected a positive shift, for eigenvalues come as close to zero as {float(t[used].min()):.2g}, got "
                 f"{shift:g}; log_determinant(shift) is that of |A| + shift I."
