@@ -85,7 +85,9 @@ class BatchColumns(MatrixRun):
     def _planned(self, most_copies: Callable[[int], Callable[[int], int]]) -> list[BatchPlan]:
         """A plan of every batch b, with `most_copies(b)(wanted)` of it at once."""
         return [
-            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, self._apart, most_copies(b))
+            plan_batch(
+                self._problem, b, self._space, self._boxes, self._uses[b], self._route, self._apart, most_copies(b)
+            )
             for b in range(len(self._problem.batches))
         ]
 
