@@ -81,8 +81,9 @@ def eigs(
     Returns:
         Eigenvalues in the order wanted (by magnitude for "LM", descending for "LA" and "BE", ascending for "SA"), unit
         eigenvectors, and residuals |A v - lambda v| measured on the products that were made. Where these miss `tol`, or the
-        products do not suffice to see what `start` lacks, `converged` is False and a HesscopeWarning says so. One start vector sees one copy of a multiple eigenvalue until
-        its space is exhausted; from then on every copy is found.
+        products do not suffice to see what `start` lacks, `converged` is False and a HesscopeWarning says so. One start vector
+        sees one copy of a multiple eigenvalue until its space is exhausted; from then on every copy is found. Of eigenvalues
+        that differ by much less than `tol` times their size it may show one for all: ask for a smaller `tol` to tell them apart.
 
     Raises:
         HesscopeError: k outside 1..n, an unknown `which` or `method`, too few products or too small a basis for k pairs, an
