@@ -28,7 +28,7 @@ class LogitsLoss(ABC):
         if is_hooked(model):
             return hooked_logits(model, batch)
         inputs = {key: value for key, value in batch.items() if key not in self.unread}
-        output = model(**inputs, use_cache=False) if hasattr(model, "config") else model(**inputs)
+        output = model(**(inputs | {"use_cache": False} if hasattr(model, "config") else inputs))
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
