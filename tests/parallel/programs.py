@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hesscope as hs
 from architectures import ragged_batches, tiny
 from hesscope import exchange
-from hesscope.algorithms import driver
+from hesscope.algorithms import checkpoint, driver
 from hesscope.algorithms.checkpoint import Checkpoint
 from hesscope.algorithms.krylov import Krylov
 from hesscope.algorithms.traces import Hutchinson
@@ -741,9 +741,13 @@ def moved(folder: Path) -> dict[str, tuple[int, str]]:
     there, away = folder / "moving", folder / "moving-away"
     there.mkdir(exist_ok=True)
     command = [*DENSITY, "--output-dir", str(there / "out")]
-    found = {}
-    with _at_step(5, lambda: there.rename(away) if dist.get_rank() == 0 else None):
-        found["gone"] = _run(command)
+    found, share = {}, checkpoint._SHARE
+    checkpoint._SHARE = 0.0  # however long a write takes, the next is due after the next step
+    try:
+        with _at_step(5, lambda: there.rename(away) if dist.get_rank() == 0 else None):
+            found["gone"] = _run(command)
+    finally:
+        checkpoint._SHARE = share
     if dist.get_rank() == 0:
         away.rename(there)
     dist.barrier()

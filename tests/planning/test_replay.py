@@ -12,7 +12,7 @@ from hesscope.dryrun.allocator import _ONCE, Resident, resident
 from hesscope.dryrun.meter import MAPPED
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-LARGE, SMALL = 2**27, 2**20
+LARGE, SMALL = 2**27, 2**17
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the replay is through glibc's allocator")
 
 
@@ -36,9 +36,9 @@ def test_a_mapping_counts_as_it_is_written_to() -> None:
 @glibc
 def test_small_blocks_find_a_gap_that_a_larger_one_has_left() -> None:
     section = [*([SMALL] * 4), *(-k for k in range(3, 7)), 0]
-    found = resident(array("q", [12 * SMALL, SMALL, -1, 0, *section]), 13 * SMALL, CPU, again=1)
+    found = resident(array("q", [96 * SMALL, SMALL, -1, 0, *section]), 97 * SMALL, CPU, again=1)
     first, *others = found.fresh
-    assert first == pytest.approx(13 * SMALL, rel=0.1)
+    assert first == pytest.approx(97 * SMALL, rel=0.1)
     assert max(others) < SMALL / 2
 
 
