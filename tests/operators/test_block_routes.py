@@ -247,3 +247,15 @@ def test_the_graphs_of_the_probe_before_a_long_run_make_room_for_the_blocks_own(
     assert H.shape[0] >= 100  # so that a probe comes first
     hs.block(H)
     assert H.describe()["graphs_kept"] == 0
+
+
+@pytest.mark.parametrize("route", ["weights", "positions"])
+def test_a_batch_without_targets_adds_nothing(route: str) -> None:
+    model, batches = tiny("gpt2"), ragged_batches()
+    empty = batches[0] | {"labels": torch.full_like(batches[0]["input_ids"], -100)}
+
+    def found(given: list[Any]) -> torch.Tensor:
+        problem = hs.causal_lm(model, given)
+        return hs.block(hs.hessian(problem, hs.select(problem, "*h.1.attn.c_proj.weight[:, 0]")), route=route).matrix
+
+    assert relative(found([*batches, empty]), found(batches)) < EXACT
