@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import hesscope as hs
 from hesscope.losses import fingerprint, loss_fingerprint
+from other_process import said_by_another_process
 
 F64 = torch.float64
 POWER, WEIGHTS, LOG = 4, torch.tensor([1.0, 2.0]), logging.getLogger("hesscope.tests")
@@ -269,13 +269,8 @@ print(*(t.loss_fingerprint(made(), t.network()) for pair in t.PAIRS.values() for
 
 
 def test_every_process_finds_the_same() -> None:
-    paths = ":".join([str(Path(__file__).parent), *sys.path])
-    said = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={"PYTHONPATH": paths, "PYTHONHASHSEED": "1"}, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
     here = [loss_fingerprint(made(), network()) for pair in PAIRS.values() for made in pair]
-    assert said.stdout.split("\n")[:-1] == here
+    assert said_by_another_process(PROGRAM, Path(__file__).parent) == here
 
 
 def test_what_a_compiler_wraps_around_a_loss_is_not_read() -> None:

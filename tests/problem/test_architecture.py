@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hesscope as hs
 from hesscope.algorithms.checkpoint import Checkpoint
+from other_process import said_by_another_process
 
 FACTOR = 1.0
 
@@ -142,12 +141,9 @@ print(*(t.problem(make).architecture for pair in t.PAIRS.values() for make in pa
 
 
 def test_every_process_finds_the_same() -> None:
-    paths = ":".join([str(Path(__file__).parent), *sys.path])
-    said = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={"PYTHONPATH": paths, "PYTHONHASHSEED": "1"}, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
-    assert said.stdout.split("\n")[:-1] == [problem(make).architecture for pair in PAIRS.values() for make in pair]
+    assert said_by_another_process(PROGRAM, Path(__file__).parent) == [
+        problem(make).architecture for pair in PAIRS.values() for make in pair
+    ]
 
 
 def test_a_run_of_another_model_is_not_continued(tmp_path: Path) -> None:

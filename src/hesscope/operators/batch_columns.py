@@ -63,7 +63,9 @@ class BatchColumns(MatrixRun):
         self._forward_flops = problem.comm.on_first(self._count_flops)
         self._share = [count / problem.N for count in problem.counts]
         self._free = half_of_free(problem)
-        copies = problem.comm.on_first(lambda: [plan.copies for plan in self._planned(lambda b: self._copies)])
+        copies = problem.comm.on_first(
+            lambda: [plan.copies for plan in self._planned([self._copies] * len(problem.batches))]
+        )
         self._plan(copies)
         self._divide([(0, self._ends[-1])], 0)
         self._by_name = {c.name: c for c in space.coordinates}
@@ -82,18 +84,16 @@ class BatchColumns(MatrixRun):
             self._problem.total(0)
         return int(forward.get_total_flops())
 
-    def _planned(self, most_copies: Callable[[int], Callable[[int], int]]) -> list[BatchPlan]:
-        """A plan of every batch b, with `most_copies(b)(wanted)` of it at once."""
+    def _planned(self, most_copies: Sequence[Callable[[int], int]]) -> list[BatchPlan]:
+        """A plan of every batch, with so many copies of it at once."""
         return [
-            plan_batch(
-                self._problem, b, self._space, self._boxes, self._uses[b], self._route, self._apart, most_copies(b)
-            )
-            for b in range(len(self._problem.batches))
+            plan_batch(self._problem, b, self._space, self._boxes, self._uses[b], self._route, self._apart, most)
+            for b, most in enumerate(most_copies)
         ]
 
     def _plan(self, copies: Sequence[int]) -> None:
         """Plan every batch, with at most so many copies of it at once."""
-        self._plans = self._planned(lambda b: partial(min, copies[b]))
+        self._plans = self._planned([partial(min, most) for most in copies])
         self._ends = list(accumulate(plan.tasks for plan in self._plans))
         #: The batch that is looked at for whether positions are of one sequence each; one of a single sequence shows nothing.
         through = [b for b, plan in enumerate(self._plans) if plan.through_positions]

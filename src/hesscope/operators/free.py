@@ -6,15 +6,12 @@ import platform
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from hesscope.communicator import Communicator
 from hesscope.memory import UNLIMITED, available_bytes, free_disk_bytes, is_limited
 from hesscope.space import Space
-
-Size = TypeVar("Size", int, float)
 
 
 def free_on(comm: Communicator, devices: Collection[torch.device]) -> tuple[int, int]:
@@ -24,7 +21,7 @@ def free_on(comm: Communicator, devices: Collection[torch.device]) -> tuple[int,
     return min(together for together, _ in told), min(least for _, least in told)
 
 
-def short_of(comm: Communicator, needed: Mapping[torch.device, float]) -> tuple[str, float, int] | None:
+def short_of(comm: Communicator, needed: Mapping[torch.device, int]) -> tuple[str, int, int] | None:
     """Where a rank has to refuse: the device, the bytes that it needs and those that it may take, of the first rank that lacks them.
 
     None where every rank may take what it needs on each of its devices. Called by all ranks, which all get the same.
@@ -63,12 +60,11 @@ def _free_in(comm: Communicator, devices: Collection[torch.device]) -> dict[str,
     return {_place(comm, device): available_bytes(_home(device)) for device in devices}
 
 
-def _by_place(comm: Communicator, sizes: Mapping[torch.device, Size]) -> dict[str, Size]:
-    found: dict[str, Size] = {}
+def _by_place(comm: Communicator, sizes: Mapping[torch.device, int]) -> dict[str, int]:
+    found: Counter[str] = Counter()
     for device, size in sizes.items():
-        place = _place(comm, device)
-        found[place] = found[place] + size if place in found else size
-    return found
+        found[_place(comm, device)] += size
+    return dict(found)
 
 
 def _home(device: torch.device) -> torch.device:

@@ -247,7 +247,7 @@ def _sequences(problem: Problem, space: Space, boxes: dict[str, Box], uses: _Use
 
 def _require_memory(comm: Communicator, space: Space, boxes: dict[str, Box], corrected: bool) -> None:
     """Raise HesscopeError, on every rank, where the factors would not fit, each on its layer's device."""
-    needed: dict[torch.device, float] = {}
+    needed: dict[torch.device, int] = {}
     for box in boxes.values():
         R, C = (box.out_features, box.in_features) if corrected else box.shape
         # Eigenvectors are found one layer at a time, in float64 and with as much to work in.

@@ -140,7 +140,7 @@ def _require_memory(problem: Problem, space: Space) -> None:
     longest = max(range(len(problem.batches)), key=lambda b: problem.counts[b])
     comm = problem.comm
     one = comm.on_all(lambda: make_engine("reverse-over-reverse").linearize(problem, longest, space).bytes)
-    graph = one * problem.N / problem.counts[longest]
+    graph = math.ceil(one * problem.N / problem.counts[longest])
     matrices = 6 * space.size**2 * 8
     for wanted, device, what in (
         (graph, problem.device, "one graph over all the data"),
