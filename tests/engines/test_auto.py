@@ -1,4 +1,4 @@
-"""The automatic choice: reverse-over-reverse, unless a measurement in a long run finds something clearly faster."""
+"""The automatic choice: reverse-over-reverse, unless a measurement finds something clearly faster."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from architectures import ragged_batches, tiny
 from hesscope.algorithms.identity import identity
 from hesscope.engines import auto
 from hesscope.engines.base import Linearization
+from hesscope.engines.checking import leading_part
 from hesscope.engines.forward_mode import ForwardOverReverse, ReverseOverForward
 from hesscope.space import Vectors
 from oracles import relative
@@ -20,10 +21,16 @@ from oracles import relative
 SLOW, QUICK = 0.5, 0.01
 
 
+#: What the first of the ragged batches is of all of them.
+COUNTS = hs.causal_lm(tiny("gpt2"), ragged_batches()).counts
+FIRST = COUNTS[0] / sum(COUNTS)
+
+
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure after two products, and on models of any size."""
-    monkeypatch.setattr(auto, "PROVEN", 2)
+    """Measure after two products, on the whole first batch, and on models of any size."""
+    monkeypatch.setattr(auto, "PART", 1)
+    monkeypatch.setattr(auto, "PAYS", 2 / FIRST)
     monkeypatch.setattr(auto, "WORTHWHILE", 0)
 
 
@@ -31,16 +38,18 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds that each engine's work is said to take; the work itself is done."""
     seconds = {"reverse-over-reverse": QUICK, "forward-over-reverse": SLOW, "reverse-over-forward": SLOW}
-    names: list[str] = []
+    names = ["reverse-over-reverse"]
     own = auto._trial
 
     def trial(engine: Any, *arguments: Any) -> Any:
         names.append(engine.name)
-        return own(engine, *arguments)
+        found = own(engine, *arguments)
+        names.pop()
+        return found
 
     def timed(problem: Any, work: Any) -> float:
         work()
-        return seconds[names[-1] if names else "reverse-over-reverse"]
+        return seconds[names[-1]]
 
     monkeypatch.setattr(auto, "_trial", trial)
     monkeypatch.setattr(auto, "_seconds", timed)
@@ -70,16 +79,15 @@ def test_a_short_run_is_not_measured() -> None:
     assert H.units == pytest.approx(3 + 2 * 6)
 
 
-def test_a_few_products_over_much_data_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the measurement costs is that of the first batch, a small part of theirs."""
-    monkeypatch.setattr(auto, "PROVEN", 48)
+@pytest.mark.parametrize("products", [1, 3])
+def test_it_is_measured_once_a_run_has_paid_for_it(products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost is that of what is looked at, which may be a small part of the data."""
+    monkeypatch.setattr(auto, "PAYS", (products + 0.5) / FIRST)
     H = operator()
-    first = H.problem.counts[0] / H.problem.N
-    monkeypatch.setattr(auto, "PROVEN_THERE", 2.5 / first)
     v = vectors_of(H, 1)
-    for _ in range(3):
+    for _ in range(products + 1):
         H @ v
-    assert "the run is short" in choice(H)
+    assert choice(H).endswith("the run is short")
     H @ v
     assert "seconds a product on the first batch" in choice(H)
 
@@ -89,7 +97,7 @@ def test_a_small_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     H = operator()
     for _ in range(3):
         H @ vectors_of(H)
-    assert choice(H) == "reverse-over-reverse: not measured, the model and its first batch are small"
+    assert choice(H) == "reverse-over-reverse: not measured, the model and its data are small"
     assert H.units == pytest.approx(3 + 6 * 6)
 
 
@@ -107,6 +115,47 @@ def test_what_is_clearly_faster_takes_over(clock: dict[str, float]) -> None:
     assert relative(after, before) < 1e-12
     # Nobody keeps the other engine's graphs.
     assert H.describe()["graph_bytes"] == 0
+
+
+def test_a_part_of_the_first_batch_comes_first(clock: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is faster there, it is all that is looked at."""
+    monkeypatch.setattr(auto, "PART", 8)
+    monkeypatch.setattr(auto, "PAYS", 0)
+    H = operator()
+    v = vectors_of(H, 1)
+    H @ v
+    part = leading_part(H.problem, H.problem.N / 8).counts[0]
+    assert part < COUNTS[0]
+    assert choice(H).startswith(
+        f"reverse-over-reverse: seconds a product on {part} of the first batch's {COUNTS[0]} terms: "
+    )
+    share = part / H.problem.N
+    # A graph and a product; each arrangement twice, and its own linearization; then the product itself.
+    assert H.units == pytest.approx(9 + share * ((3 + 6) + (3 + 2 * 3 + 2 * 6) + (3 + 2 * 1 + 2 * 8)))
+
+
+@pytest.mark.parametrize("slow_as_a_whole", [False, True])
+def test_what_is_faster_on_a_part_is_timed_on_the_whole_first_batch(
+    slow_as_a_whole: bool, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "PART", 8)
+    monkeypatch.setattr(auto, "PAYS", 0)
+    clock["forward-over-reverse"] = 0.5 * QUICK
+    race = auto._race
+
+    def raced(problem: hs.Problem, *rest: Any, whole: bool) -> Any:
+        if whole and slow_as_a_whole:
+            clock["forward-over-reverse"] = SLOW
+        return race(problem, *rest, whole=whole)
+
+    monkeypatch.setattr(auto, "_race", raced)
+    H = operator()
+    H @ vectors_of(H)
+    kept = "reverse-over-reverse" if slow_as_a_whole else "forward-over-reverse"
+    assert choice(H).startswith(
+        f"{kept}: seconds a product on the first batch, 2 vectors at once: reverse-over-reverse 0.005; "
+    )
+    assert "reverse-over-forward" not in choice(H)
 
 
 def difference(H: Any, which: int = 0) -> str:

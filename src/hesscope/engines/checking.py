@@ -12,13 +12,15 @@ from torch.utils._pytree import tree_leaves
 from hesscope.errors import HesscopeError
 from hesscope.losses.cross_entropy import IGNORED
 from hesscope.problem import Problem
-from hesscope.problem.microbatches import split
+from hesscope.problem.microbatches import count_rows, split
 from hesscope.space import Space, Vectors, vectors
 
 #: Exact in every dtype, and no powers of two: products with such multiples of a vector are rounded anew.
 MULTIPLES = (1.125, 1.25, 1.375, 1.5, 1.625, 1.75)
 #: Two arrangements of one product differ by less than so many times what that does.
 _BEYOND = 6.0
+#: Tokens of a sequence that a look at some of them takes at least.
+_SHORTEST = 32
 
 
 def one_sequence(problem: Problem) -> Problem:
@@ -32,14 +34,14 @@ def one_sequence(problem: Problem) -> Problem:
         if problem.dropout == "frozen":
             return problem.subset([b])
         try:
-            first = next(p for p in (problem.related(batches=[one]) for one in split(batch, 1)) if p.counts[0] > 0)
+            first = next(p for p in (problem.related(batches=[one]) for one in split(batch, 1)) if _has_terms(p))
         except (HesscopeError, StopIteration):
             return problem.subset([b])
         return first
     return problem
 
 
-def short_slice(problem: Problem, length: int = 32) -> Problem:
+def short_slice(problem: Problem, length: int = _SHORTEST) -> Problem:
     """`one_sequence`, and of a sequence of tokens at most `length` of them, some of whose targets count.
 
     A look at what does not fit as a whole.
@@ -61,7 +63,36 @@ def short_slice(problem: Problem, length: int = 32) -> Problem:
         for name, x in batch.items()
     }
     short = problem.related(batches=[window])
-    return short if short.counts[0] > 0 else small
+    return short if _has_terms(short) else small
+
+
+def leading_part(problem: Problem, terms: float) -> Problem:
+    """The first batch, or the beginning of it that has about so many terms: whole sequences, or some tokens of one.
+
+    What cannot be cut stays whole.
+    """
+    first = problem.subset([0])
+    rows = None if problem.dropout == "frozen" else count_rows(first.batches[0])
+    if first.counts[0] <= terms or rows is None:
+        return first
+    share = rows * terms / first.counts[0]
+    if share < 1.0:
+        ids = first.batches[0].get("input_ids") if isinstance(first.batches[0], Mapping) else None
+        return (
+            short_slice(first, max(_SHORTEST, int(share * ids.shape[-1])))
+            if isinstance(ids, Tensor)
+            else one_sequence(first)
+        )
+    part = first.related(batches=split(first.batches[0], int(share))[:1])
+    return part if _has_terms(part) else first
+
+
+def _has_terms(problem: Problem) -> bool:
+    """Whether anything is counted; a problem without a term says so with an error."""
+    try:
+        return problem.N > 0
+    except HesscopeError:
+        return False
 
 
 def disagreement(space: Space, x: Vectors, y: Vectors) -> float:

@@ -19,7 +19,7 @@ ENGINES: dict[str, type[Engine]] = {
 
 
 def make_engine(name: str) -> Engine:
-    """The engine of that name; "auto" begins with reverse-over-reverse and measures the others in a long run."""
+    """The engine of that name; "auto" begins with reverse-over-reverse and measures the others on the first batch."""
     if name == "auto":
         return Auto()
     if name not in ENGINES:
